@@ -1,7 +1,6 @@
 """`python -m jaxalign.agreement`: see jaxalign/cli/agreement.py."""
 
-from jaxalign.cli.agreement import main
-from jaxalign.cli.main import start
+from jaxalign.cli.exits import start_module
 
 if __name__ == "__main__":
-  start(main)
+  start_module("jaxalign.cli.agreement")

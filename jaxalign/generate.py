@@ -1,7 +1,6 @@
 """`python -m jaxalign.generate`: see jaxalign/cli/generate.py."""
 
-from jaxalign.cli.generate import main
-from jaxalign.cli.main import start
+from jaxalign.cli.exits import start_module
 
 if __name__ == "__main__":
-  start(main)
+  start_module("jaxalign.cli.generate")

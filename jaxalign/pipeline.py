@@ -5,7 +5,8 @@ stages of each arm. Rooms meet here, through files: what `select` writes,
 `train` reads.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,19 +14,85 @@ import jax
 import jaxalign
 from jaxalign.core import disk, processes, progress
 from jaxalign.core.settings import pick
-from jaxalign.core.stage import Made, needs, Stage
+from jaxalign.core.stage import Kind, Made, required, Stage
 from jaxalign.data import build_data, prepare, recipe
 from jaxalign.data.summary import summary_lines
-from jaxalign.embed import over_pool, row_scores
-from jaxalign.eval import judge_kinds, judge_stage, policies, while_training
-from jaxalign.model import decoder
+from jaxalign.embed.over_pool import (
+  KEEPS,
+  make_pass,
+  pass_fields,
+  pass_needs,
+  pass_price,
+)
+from jaxalign.embed.row_scores import (
+  alone_price,
+  ask_fields,
+  ask_needs,
+  ask_price,
+  make_alone,
+  make_ask,
+  make_rewards,
+  rewards_fields,
+  rewards_price,
+)
+from jaxalign.eval import judge_kinds
+from jaxalign.eval.judge_stage import (
+  judge_fields,
+  judged_reference_fields,
+  make_judged_policy,
+  make_judged_reference,
+)
+from jaxalign.eval.policies import (
+  eval_fields,
+  eval_price,
+  export_fields,
+  make_baseline,
+  make_evaluation,
+  make_export,
+)
+from jaxalign.eval.while_training import align_fields, align_price, make_aligned
+from jaxalign.model.decoder import parameter_count
 from jaxalign.model.job import Arm, Job
-from jaxalign.report import selection_stage
-from jaxalign.select import choose, columns, fit_mixture
+from jaxalign.report.selection_stage import make_selection_report, report_needs
+from jaxalign.select.choose import (
+  check_hours,
+  make_selection,
+  select_fields,
+  select_needs,
+  select_price,
+)
+from jaxalign.select.columns import check_records
+from jaxalign.select.fit_mixture import (
+  make_mixture,
+  mixture_fields,
+  mixture_price,
+)
 from jaxalign.select.topk import budget_rows
-from jaxalign.train import align, proxies, ref_logps, sft
+from jaxalign.train.align import leaves
 from jaxalign.train.host_memory import check_memory
 from jaxalign.train.losses import loss_of
+from jaxalign.train.proxies import (
+  held_out_leaves,
+  held_out_price,
+  make_held_out,
+  make_proxy,
+  proxy_fields,
+  proxy_needs,
+  proxy_price,
+)
+from jaxalign.train.ref_logps import (
+  make_ref_logps,
+  ref_logps_fields,
+  ref_logps_needs,
+  ref_logps_price,
+)
+from jaxalign.train.sft import (
+  given_reference,
+  make_sft,
+  sft_fields,
+  sft_price,
+  TRAINED,
+)
 
 
 def _make_data(job: Job, arm: None, folder: Any) -> Made:
@@ -45,168 +112,92 @@ def _data_fields(job: Job, arm: None) -> dict[str, Any]:
   return fields | dict(kind=job.kind, source_digest=digest)
 
 
+def _store_fields(job: Job, arm: None) -> dict[str, Any]:
+  return pick(job.c, "embed.tile", "embed.shard", "model")
+
+
 def _version(job: Job, arm: Any) -> dict[str, Any]:
   return dict(version=jaxalign.__version__)
 
 
-def _over_rows(name: str, make: Callable, fields: Callable, **more) -> Stage:
-  """A stage that stores numbers of every row of the pool, shard by shard."""
-  own = dict(needs=needs("data", "sft")) | more  # `cost` among them
-  resumes = lambda job, arm: ("store",)
-  own |= dict(repairs=True, volatile=("store/*.npy",))  # digests stand beside
-  return Stage(name, make, fields=fields, resumes=resumes, **own)
+_PASS = make_pass, pass_needs, pass_fields, pass_price
+_tuned_fields = proxy_fields("pairs", "updates")
+_halves_fields = proxy_fields("models")
 
-
-def _pass(name: str) -> Stage:
-  """A stage that keeps something of the one forward pass over the pool."""
-  make, fields = over_pool.make_pass(name), over_pool.pass_fields(name)
-  needs, cost = over_pool.pass_needs(name), over_pool.pass_price(name)
-  return _over_rows(name, make, fields, needs=needs, cost=cost)
-
-
-_trained = lambda job, arm: sft.TRAINED
-# Times, and names of shards; a digest of the weights stands for them.
-_VARY = ("metrics.jsonl", "checkpoints/*", "bases/*", "best/*")
-_store_fields = lambda job, arm: pick(
-  job.c, "embed.tile", "embed.shard", "model"
-)
-_arm = dict(of_arm=True)
-
-STAGES = (
+# Of files that vary (times, names of shards) a digest of the weights stands in
+# the record; the digests of a store lie next to it.
+_TRAINED = " ".join(TRAINED)
+_VARY, _STORE = "metrics.jsonl checkpoints/* bases/* best/*", "store/*.npy"
+SFT = Kind(resumes=_TRAINED, volatile=_VARY, given=given_reference)
+ROWS = Kind(resumes="store", repairs=True, volatile=_STORE)
+PROXY = Kind(resumes=f"{_TRAINED} store", volatile=f"{_VARY} {_STORE}")
+HALVES = Kind(resumes=held_out_leaves)
+CHOSEN = Kind(of_arm=True, alone=True, volatile="config.json")
+PAGE = Kind(of_arm=True, alone=True, remakes=True)
+ARM = Kind(of_arm=True)
+POLICY = Kind(of_arm=True, resumes=leaves, volatile=_VARY)
+_TABLE = (  # name, make, needs, fields, price, kind
   # Shared by all arms.
-  Stage("data", _make_data, fields=_data_fields),
-  Stage(
-    "sft",
-    sft.make_sft,
-    needs("data"),
-    sft.sft_fields,
-    resumes=_trained,
-    volatile=_VARY,
-    given=sft.given_reference,
-    cost=sft.sft_price,
-  ),
-  *(_pass(name) for name in over_pool.KEEPS),
-  _over_rows(
-    "alone", row_scores.make_alone, _store_fields, cost=row_scores.alone_price
-  ),
-  _over_rows(
-    "ask",
-    row_scores.make_ask,
-    row_scores.ask_fields,
-    needs=row_scores.ask_needs,
-    cost=row_scores.ask_price,
-  ),
-  _over_rows(
-    "rewards",
-    row_scores.make_rewards,
-    row_scores.rewards_fields,
-    needs=needs("data"),
-    cost=row_scores.rewards_price,
-  ),
-  Stage(
-    "proxy",
-    proxies.make_proxy,
-    proxies.proxy_needs,
-    proxies.proxy_fields("pairs", "updates"),
-    resumes=lambda job, arm: (*sft.TRAINED, "store"),
-    volatile=(*_VARY, "store/*.npy"),
-    cost=proxies.proxy_price,
-  ),
-  Stage(
+  ("data", _make_data, "", _data_fields),
+  ("sft", make_sft, "data", sft_fields, sft_price, SFT),
+  *((n, *(partial(f, n) for f in _PASS), ROWS) for n in KEEPS),
+  ("alone", make_alone, "data sft", _store_fields, alone_price, ROWS),
+  ("ask", make_ask, ask_needs, ask_fields, ask_price, ROWS),
+  ("rewards", make_rewards, "data", rewards_fields, rewards_price, ROWS),
+  ("proxy", make_proxy, proxy_needs, _tuned_fields, proxy_price, PROXY),
+  (
     "held_out",
-    proxies.make_held_out,
-    proxies.proxy_needs,
-    proxies.proxy_fields("models"),
-    resumes=proxies.held_out_leaves,
-    cost=proxies.held_out_price,
+    make_held_out,
+    proxy_needs,
+    _halves_fields,
+    held_out_price,
+    HALVES,
   ),
-  Stage(
-    "mixture",
-    fit_mixture.make_mixture,
-    needs("embed"),
-    fit_mixture.mixture_fields,
-    cost=fit_mixture.mixture_price,
-  ),
-  Stage(
-    "baseline",
-    policies.make_baseline,
-    needs("data", "sft"),
-    policies.eval_fields,
-    cost=policies.eval_price,
-  ),
-  Stage(
+  ("mixture", make_mixture, "embed", mixture_fields, mixture_price),
+  ("baseline", make_baseline, "data sft", eval_fields, eval_price),
+  (
     "judged_reference",
-    judge_stage.make_judged_reference,
-    needs("data", "baseline"),
-    judge_stage.judged_reference_fields,
+    make_judged_reference,
+    "data baseline",
+    judged_reference_fields,
   ),
   # Of each arm.
-  Stage(
-    "select",
-    choose.make_selection,
-    choose.select_needs,
-    choose.select_fields,
-    alone=True,
-    volatile=("config.json",),
-    cost=choose.select_price,
-    **_arm,
-  ),
-  Stage(
+  ("select", make_selection, select_needs, select_fields, select_price, CHOSEN),
+  (
     "selection_report",
-    selection_stage.make_selection_report,
-    selection_stage.report_needs,
+    make_selection_report,
+    report_needs,
     _version,
-    alone=True,
-    remakes=True,
-    **_arm,
+    None,
+    PAGE,
   ),
-  Stage(
+  (
     "ref_logps",
-    ref_logps.make_ref_logps,
-    ref_logps.ref_logps_needs,
-    ref_logps.ref_logps_fields,
-    cost=ref_logps.ref_logps_price,
-    **_arm,
+    make_ref_logps,
+    ref_logps_needs,
+    ref_logps_fields,
+    ref_logps_price,
+    ARM,
   ),
-  Stage(
-    "align",
-    while_training.make_aligned,
-    needs("ref_logps", "sft"),
-    while_training.align_fields,
-    resumes=align.leaves,
-    volatile=_VARY,
-    cost=while_training.align_price,
-    **_arm,
-  ),
-  Stage(
-    "evaluate",
-    policies.make_evaluation,
-    needs("align", "baseline"),
-    policies.eval_fields,
-    cost=policies.eval_price,
-    **_arm,
-  ),
-  Stage(
+  ("align", make_aligned, "ref_logps sft", align_fields, align_price, POLICY),
+  ("evaluate", make_evaluation, "align baseline", eval_fields, eval_price, ARM),
+  (
     "judge",
-    judge_stage.make_judged_policy,
-    needs("evaluate", "baseline", "judged_reference"),
-    judge_stage.judge_fields,
-    **_arm,
+    make_judged_policy,
+    "evaluate baseline judged_reference",
+    judge_fields,
+    None,
+    ARM,
   ),
-  Stage(
-    "export",
-    policies.make_export,
-    needs("align"),
-    policies.export_fields,
-    **_arm,
-  ),
+  ("export", make_export, "align", export_fields, None, ARM),
 )
+STAGES = tuple(Stage(*row) for row in _TABLE)
 # What a command makes; what these need is found in the table.
-_TRAINED = ("select", "align", "evaluate", "judge", "export")
+_TRAINING = ("select", "align", "evaluate", "judge", "export")
 GOALS = {
   "selection": ("select", "selection_report"),
-  "training": _TRAINED,
-  "study": ("embed", "selection_report", *_TRAINED),
+  "training": _TRAINING,
+  "study": ("embed", "selection_report", *_TRAINING),
 }
 STUDY = GOALS["study"]
 
@@ -217,66 +208,15 @@ def make_job(c: Any, mesh: Any, workdir: Any, redo: bool = False) -> Job:
   return Job(c, mesh, workdir, loss_of(c), STAGES, redo)
 
 
-def required(
-  job: Job, arms: Sequence[Arm], goal: Sequence[str]
-) -> list[tuple[Stage, Arm | None]]:
-  """The stages that a goal needs, in the order in which they run."""
-  wanted = set()
-
-  def visit(name: str, arm: Arm | None) -> None:
-    stage = job.stages[name]
-    key = name, arm if stage.of_arm else None
-    if key not in wanted:
-      wanted.add(key)
-      for need in stage.needs(job, arm):
-        visit(*need) if isinstance(need, tuple) else visit(need, arm)
-
-  for arm in arms:
-    for name in goal:
-      visit(name, arm)
-  return [
-    (stage, arm)
-    for arm in (None, *arms)
-    for stage in job.stages.values()
-    if (stage.name, arm) in wanted
-  ]
-
-
 def reached(job: Job, goal: Sequence[str]) -> list[str]:
-  """The stages of a goal that a config has: not all judge, or hold out."""
+  """The stages of a goal that a config has: not every one has a judge."""
   judged = judge_kinds.kind_of(job.c) in judge_kinds.JUDGES
   return [name for name in goal if judged or name != "judge"]
 
 
-def prepare_data(job: Job, arms: Sequence[Arm], goal: Sequence[str]) -> None:
-  """Runs the data stage, and refuses what cannot work with its rows."""
-  trains = "align" in goal
-  if trains:
-    judge_kinds.check_ready(job, arms)
-  job.run("data")
-  if jax.process_index() == 0:
-    path = job.shared / "data" / "data_summary.json"
-    for line in summary_lines(disk.read_json(path)):
-      progress.say(f"  {line}")
-  device = job.mesh.devices.flat[0].device_kind
-  progress.say(
-    f"  mesh {dict(job.mesh.shape)} on {job.mesh.size} x {device}; model of "
-    f"{decoder.parameter_count(job.model):,} parameters"
-  )
-  for arm in arms:
-    pool = len(job.column("pool", "id"))
-    budget_rows(arm.budget, pool, job.c.train.batch_size)
-    columns.check_records(job, arm.sampler)
-  choose.check_hours(job, arms)
-  if trains:
-    check_memory(job, arms)
-    if len(job.column("held_out", "id")):
-      judge_kinds.check_enough(job, arms)
-
-
 def run(job: Job, arms: Sequence[Arm], goal: Sequence[str] = STUDY) -> None:
   """Makes what a goal needs of every arm."""
-  prepare_data(job, arms, goal)
+  _run_data(job, arms, trains="align" in goal)
   goal = reached(job, goal)
   if not len(job.column("held_out", "id")):
     goal = [name for name in goal if name not in ("evaluate", "judge")]
@@ -289,3 +229,28 @@ def run(job: Job, arms: Sequence[Arm], goal: Sequence[str] = STUDY) -> None:
       job.kept.pop("policy", None)  # of the arm before
       progress.say(f"[{arm.name}]")
     job.run(stage, arm)
+
+
+def _run_data(job: Job, arms: Sequence[Arm], trains: bool) -> None:
+  """Runs the data stage, and refuses what cannot work with its rows."""
+  if trains:
+    judge_kinds.check_ready(job, arms)
+  job.run("data")
+  if jax.process_index() == 0:
+    path = job.shared / "data" / "data_summary.json"
+    for line in summary_lines(disk.read_json(path)):
+      progress.say(f"  {line}")
+  device = job.mesh.devices.flat[0].device_kind
+  progress.say(
+    f"  mesh {dict(job.mesh.shape)} on {job.mesh.size} x {device}; model of "
+    f"{parameter_count(job.model):,} parameters"
+  )
+  pool = len(job.column("pool", "id"))
+  for arm in arms:
+    budget_rows(arm.budget, pool, job.c.train.batch_size)
+    check_records(job, arm.sampler)
+  check_hours(job, arms)
+  if trains:
+    check_memory(job, arms)
+    if len(job.column("held_out", "id")):
+      judge_kinds.check_enough(job, arms)

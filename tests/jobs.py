@@ -26,7 +26,6 @@ from jaxalign.core.checkpoints import Checkpoints
 from jaxalign.data.tokenizer import load_tokenizer
 from jaxalign.model import decoder
 from jaxalign.model import job as job_lib
-from jaxalign.study import run as study  # noqa: F401
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -128,7 +127,7 @@ def parameters(stage_folder: Any, step: int = 0) -> dict[str, np.ndarray]:
   c = common.base("tiny")
   mesh = sharding.make_mesh(c.mesh)
   tokenizer = load_tokenizer(finished() / "shared/data/tokenizer.model")
-  model = job_lib.sizes(c, tokenizer.vocab_size)
+  model = job_lib.sft_sizes(c, tokenizer.vocab_size)
   with (
     jax.set_mesh(mesh),
     Checkpoints(pathlib.Path(stage_folder) / "checkpoints") as found,
@@ -180,8 +179,9 @@ def start(
     config: the config file and variant.
   """
   code = (
-    f"import os, signal, sys\n{hook}\nfrom jaxalign.cli import main\n"
-    "main.start(main.main)\n"
+    f"import os, signal, sys\n{hook}\n"
+    "from jaxalign.cli.exits import start_module\n"
+    "start_module('jaxalign.cli.main')\n"
   )
   return subprocess.Popen(
     [sys.executable, "-u", "-c", code, *flags(workdir, *more, config=config)],
@@ -273,6 +273,31 @@ def together(
   finally:
     for process in started:
       process.kill()
+
+
+def check_same(work: Any) -> None:
+  """A job ended with the bytes of the finished one, but for times."""
+  assert not differences(outcome(finished()), outcome(work))
+
+
+def load(path: Any) -> Any:
+  """The value of a .json file."""
+  return json.loads(pathlib.Path(path).read_text())
+
+
+def write_pairs(path: Any, count: int) -> pathlib.Path:
+  """A .jsonl of pairs whose better answer says "good"."""
+  rows = [
+    dict(
+      prompt=f"tell me of {i} ",
+      chosen=f"it is {i} and good",
+      rejected=f"no {i} at all",
+    )
+    for i in range(count)
+  ]
+  text = "".join(json.dumps(row) + "\n" for row in rows)
+  pathlib.Path(path).write_text(text)
+  return pathlib.Path(path)
 
 
 def lines(path: Any) -> list[dict[str, Any]]:

@@ -204,9 +204,9 @@ def rows():
 
 
 def score(mesh, m, params):
-  return passes.score_rows(
-    mesh, params, m, token_rows(*rows()), tile=4, chunk=5
-  ).logp.reshape(16, 2)
+  how = passes.PassOptions(4, 5)
+  found = passes.score_rows(mesh, params, m, token_rows(*rows()), how)
+  return found.logp.reshape(16, 2)
 
 
 @pytest.mark.parametrize(

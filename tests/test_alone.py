@@ -1,7 +1,5 @@
 """Selection alone and training alone, as commands and in a notebook."""
 
-import json
-
 import jobs
 import numpy as np
 import pytest
@@ -16,22 +14,12 @@ from jaxalign.select.samplers import SAMPLERS
 @pytest.fixture
 def source(tmp_path):
   """300 pairs whose better answer says "good"."""
-  path = tmp_path / "pairs.jsonl"
-  rng = np.random.default_rng(0)
-  path.write_text(
-    "".join(
-      json.dumps(
-        dict(
-          prompt=f"tell me of {i} {rng.integers(1000)} ",
-          chosen=f"it is {i} and good {rng.integers(1000)}",
-          rejected=f"no {i} at all {rng.integers(1000)}",
-        )
-      )
-      + "\n"
-      for i in range(300)
-    )
-  )
-  return path
+  return jobs.write_pairs(tmp_path / "pairs.jsonl", 300)
+
+
+def split(sft, pool, held_out):
+  sizes = dict(sft=sft, pool=pool, held_out=held_out)
+  return [f"data.split.{name}={size}" for name, size in sizes.items()]
 
 
 def select(folder, source, *more):
@@ -93,18 +81,14 @@ def test_a_subset_trains_alone(tmp_path, source):
   arm = work / "runs" / "all-1-seed0"
   assert (arm / "export" / "model.safetensors").exists()
   assert not (arm / "eval.json").exists()
-  lines = [
-    json.loads(x) for x in (arm / "metrics.jsonl").read_text().splitlines()
-  ]
+  lines = jobs.lines(arm / "metrics.jsonl")
   assert abs(lines[0]["train/preference_loss"] - np.log(2)) < 1e-5
   trained = tables.read_column(arm / "subset.parquet", "id")
   assert len(trained) == len(ids) == 40
   measured = jobs.run(
     tmp_path / "measured",
     f"data.source={source}",
-    "data.split.sft=0.3",
-    "data.split.pool=0.4",
-    "data.split.held_out=0.3",
+    *split(0.3, 0.4, 0.3),
     command=train.main,
   )
   assert measured.code == 0, measured
@@ -114,7 +98,7 @@ def test_a_subset_trains_alone(tmp_path, source):
 @pytest.mark.parametrize(
   "command,flags,said",
   [
-    (select_main.main, ["data.source=x.jsonl"], "say --output=subset.parquet"),
+    (select_main.main, ["data.source=x.jsonl"], "set --output=subset.parquet"),
     (
       select_main.main,
       ["data.source=x.jsonl", "--output=x.json"],
@@ -130,16 +114,9 @@ def test_what_a_command_cannot_work_with(tmp_path, command, flags, said):
 
 def test_a_study_holds_rows_out(tmp_path, source):
   ended = jobs.run(
-    tmp_path / "w",
-    f"data.source={source}",
-    "data.split.pool=0.7",
-    "data.split.sft=0.3",
-    "data.split.held_out=0.0",
+    tmp_path / "w", f"data.source={source}", *split(0.3, 0.7, 0.0)
   )
   assert ended.code == 64 and "data.split.held_out=0" in ended.err
-
-
-# In a notebook, on arrays that one has.
 
 
 def test_samplers_on_arrays(source):

@@ -9,7 +9,7 @@ import pytest
 
 from configs import plateau as config
 from jaxalign.model.job import Arm
-from jaxalign.study import along
+from jaxalign.study.curves import checkpoint_curve, checkpoint_points
 
 SHARES = (10, 20, 40, 60, 80, 100)
 
@@ -40,7 +40,7 @@ def made_up(tmp_path, shares=SHARES, batch=16):
 
 def test_points_are_of_the_first_epoch_of_the_whole_pool(tmp_path):
   job, arms = made_up(tmp_path)
-  found = along.points(job, arms)
+  found = checkpoint_points(job, arms)
   assert [x for x, _ in found] == list(SHARES)  # the tenth's run has none
   np.testing.assert_allclose(
     [y for _, y in found], 70 - 50 * np.exp(-np.array(SHARES) / 20)
@@ -49,7 +49,7 @@ def test_points_are_of_the_first_epoch_of_the_whole_pool(tmp_path):
 
 def test_the_curve_is_found_and_labelled(tmp_path):
   job, arms = made_up(tmp_path)
-  fit = along.curve(job, arms, np.array([0.0, 0.0, 1.0, 0.0, 0.0]))
+  fit = checkpoint_curve(job, arms, np.array([0.0, 0.0, 1.0, 0.0, 0.0]))
   assert fit["x"][0] == 0 and fit["y"][0] == pytest.approx(20)
   assert [fit[k]["value"] for k in "rab"] == pytest.approx(
     [70, 20, 0.05], rel=1e-3
@@ -59,7 +59,7 @@ def test_the_curve_is_found_and_labelled(tmp_path):
 
 def test_too_few_shares_are_no_curve(tmp_path):
   job, arms = made_up(tmp_path, shares=(10, 20, 30))
-  assert along.curve(job, arms, None) is None
+  assert checkpoint_curve(job, arms, None) is None
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """A dry run answers any value of any knob: a plan, or one line of error."""
 
-import json
 import os
 import resource
 import signal
@@ -9,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 import jobs
 import pytest
+from rows import put, short_pair
 
 from configs import common
 from jaxalign.cli import main, select, train
@@ -16,91 +16,22 @@ from jaxalign.core.settings import flatten
 
 KNOBS = [
   *sorted(flatten(common.base("tiny"), "")),
-  "mesh",
-  "data",
-  "data.fields",
-  "data.fields.prompt",
-  "loss.kwargs",
-  "loss.kwargs.beta",
-  "select.kwargs.direction",
-  "select.mixture",
+  *"mesh data data.fields data.fields.prompt select.mixture".split(),
+  *"loss.kwargs loss.kwargs.beta select.kwargs.direction".split(),
   "",
 ]
-NUMBERS = [
-  "inf",
-  "-inf",
-  "nan",
-  "-1",
-  "0",
-  "1",
-  "2",
-  "-0.5",
-  "0.5",
-  "1e30",
-  "-1e30",
-  str(2**31),
-  str(2**63),
-  str(2**70),
-  f"-{2**70}",
-  "1e400",
-  "1e-300",
-  "3.7",
-  "0x10",
-  "1_000",
-  "1e5",
-]
-WORDS = [
-  "",
-  " ",
-  "x",
-  "None",
-  "True",
-  "False",
-  "()",
-  "(1,)",
-  "(0, 0, 0)",
-  "('a', 'b')",
-  "('',)",
-  "(inf,)",
-  "(-1, 5)",
-  "(None,)",
-  "[]",
-  "[1]",
-  "{}",
-  "{'a': 1}",
-  "x" * 5000,
-  "\u4e2d\u6587",
-  "\U0001f600",
-  "\ud800",
-  "a\nb",
-  "a:b",
-  "a.b.c",
-  "../x",
-  "/",
-  ".",
-  "~",
-  "%s",
-  "{prompt}",
-  "isa|isa",
-  "a=b",
-  "(",
-  ")",
-  "os:getcwd",
-  "json:loads",
-  "random",
-  "('random',)",
-  "'",
-  "\\",
-  "1e30|x",
-  "hf:x",
-  "-",
-  "--",
-  "#",
-  "dpo+sft",
-  "0*dpo",
-  "dpo(beta=inf)",
-  "isa(order=nan)",
-]
+NUMBERS = (
+  "inf -inf nan -1 0 1 2 -0.5 0.5 1e30 -1e30 1e400 1e-300 3.7 0x10 1_000 1e5 "
+  f"{2**31} {2**63} {2**70} -{2**70}"
+).split()
+_WORDS = (
+  "x; None; True; False; (); (1,); (0, 0, 0); ('a', 'b'); ('',); (inf,); "
+  "(-1, 5); (None,); []; [1]; {}; {'a': 1}; a:b; a.b.c; ../x; /; .; ~; %s; "
+  "{prompt}; isa|isa; a=b; (; ); os:getcwd; json:loads; random; ('random',); "
+  "'; \\; 1e30|x; hf:x; -; --; #; dpo+sft; 0*dpo; dpo(beta=inf); isa(order=nan)"
+)
+WORDS = [*_WORDS.split("; "), *("", " ", "x" * 5000, "a\nb")]
+WORDS += ["\u4e2d\u6587", "\U0001f600", "\ud800"]
 VALUES = (
   st.sampled_from(NUMBERS + WORDS)
   | st.text(st.characters(exclude_characters="\0"), max_size=20)
@@ -112,7 +43,7 @@ SECONDS, BYTES = 20, 24 << 30  # that a dry run of a tiny job may take
 
 
 def answers(flags, command=main.main, config="dpo_sub.py:tiny"):
-  """Runs a dry run; says what is wrong with how it ended, or ""."""
+  """What is wrong with how a dry run ended, or ""."""
 
   def late(*_):
     raise jobs.Stop
@@ -136,35 +67,24 @@ def answers(flags, command=main.main, config="dpo_sub.py:tiny"):
   if ended.code not in (64, 65):
     return f"ended with {ended.code}: {ended.err}"
   line = ended.err
-  good = (
-    line.startswith("error: ")
-    and line.count("\n") == 1
-    and len(line) < 8000
-    and "Traceback" not in line
-  )
-  return "" if good else f"said {line!r}"
+  good = line.startswith("error: ") and line.count("\n") == 1
+  good = good and len(line) < 8000 and "Traceback" not in line
+  return "" if good else f"wrote {line!r}"
 
 
 SOURCE = "data.source={folder}/rows.jsonl"
-# What the other knobs are asked about: jobs that read different ones of them.
+_TUNED = (
+  "select.sampler=selective_dpo lora.rank=2 train.eval_every=1 "
+  "compare=('all_short',)"
+).split()
+_JUDGE = ("judge.kind=endpoint", "judge.model=m")
+# Jobs that read different ones of the knobs.
 JOBS = {
   "world": (main.main, "dpo_sub.py:tiny"),
   "kto": (main.main, "kto_sub.py:tiny", "train.reference=online"),
-  "tuned": (
-    main.main,
-    "dpo_sub.py:tiny",
-    "select.sampler=selective_dpo",
-    "lora.rank=2",
-    "train.eval_every=1",
-    "compare=('all_short',)",
-  ),
+  "tuned": (main.main, "dpo_sub.py:tiny", *_TUNED),
   "pilot": (main.main, "dpo_sub.py:tiny", "select.budget=auto"),
-  "judge": (
-    main.main,
-    "dpo_sub.py:tiny",
-    "judge.kind=endpoint",
-    "judge.model=m",
-  ),
+  "judge": (main.main, "dpo_sub.py:tiny", *_JUDGE),
   "select": (select.main, "select.py", "select.budget=1.0", SOURCE),
   "train": (train.main, "dpo_sub.py:tiny", SOURCE),
 }
@@ -174,38 +94,21 @@ JOBS = {
 def folder(tmp_path_factory):
   """Where the rows of a file lie."""
   folder = tmp_path_factory.mktemp("rows")
-  (folder / "rows.jsonl").write_text(
-    "".join(
-      json.dumps(
-        dict(
-          prompt=f"tell me of {i} ",
-          chosen=f"it is {i} and good",
-          rejected=f"no {i} at all",
-        )
-      )
-      + "\n"
-      for i in range(60)
-    )
-  )
+  put(folder / "rows.jsonl", [short_pair(i) for i in range(60)])
   return folder
 
 
-def asked(job, folder, *changes):
-  """What is wrong with the answer to a job whose knobs are changed."""
+def problem(job, folder, *changes):
+  """What is wrong with a dry run of a job whose knobs are changed, or ""."""
   command, config, *flags = JOBS[job]
-  return answers(
-    [
-      *(flag.format(folder=folder) for flag in flags),
-      *(f"--config.{knob}={value}" for knob, value in changes),
-    ],
-    command,
-    config,
-  )
+  flags = [flag.format(folder=folder) for flag in flags]
+  flags += [f"--config.{knob}={value}" for knob, value in changes]
+  return answers(flags, command, config)
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_the_jobs_asked_about_have_a_plan(job, folder):
-  assert not asked(job, folder)
+def test_each_job_has_a_plan(job, folder):
+  assert not problem(job, folder)
 
 
 @settings(
@@ -218,31 +121,14 @@ def test_the_jobs_asked_about_have_a_plan(job, folder):
   st.lists(st.tuples(st.sampled_from(KNOBS), VALUES), min_size=1, max_size=2),
 )
 def test_any_value_of_any_knob(folder, job, changes):
-  assert not asked(job, folder, *changes)
+  assert not problem(job, folder, *changes)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  "value",
-  [
-    "inf",
-    "nan",
-    "-1",
-    "0",
-    "0.5",
-    "1e30",
-    str(2**31),
-    str(2**70),
-    "",
-    "x",
-    "(None,)",
-    "{}",
-  ],
+  "value", f"inf nan -1 0 0.5 1e30 {2**31} {2**70}  x (None,) {{}}".split(" ")
 )
 def test_every_knob(folder, value):
-  wrong = {
-    knob: said
-    for knob in KNOBS
-    if (said := asked("world", folder, (knob, value)))
-  }
+  found = {knob: problem("world", folder, (knob, value)) for knob in KNOBS}
+  wrong = {knob: text for knob, text in found.items() if text}
   assert not wrong, wrong

@@ -12,21 +12,18 @@ import numpy as np
 import pytest
 
 from jaxalign.core import artifacts, disk, errors
+from jaxalign.core.artifacts import Description
 from jaxalign.core.checkpoints import Checkpoints
 from jaxalign.model import job as job_lib
 from jaxalign.model.job import arm_folder
 
 
-def stage(
-  folder,
-  fields=None,
-  *,
-  inputs=None,
-  content=b"first",
-  redo=False,
-  resumes=(),
-  fail=None,
-):
+def run(folder, make, fields=None, inputs={}, redo=False, resumes=()):
+  how = Description(fields or dict(a=1), inputs, redo, resumes)
+  return artifacts.run(folder, "one", how, make)
+
+
+def stage(folder, fields=None, *, content=b"first", fail=None, **how):
   """Runs a stage of two files; returns its record, and how often it ran."""
   ran = []
 
@@ -39,16 +36,20 @@ def stage(
     disk.write_bytes(folder / "other", content * 2)
     return ["part", "other"], artifacts.Cost(7), dict(rows=3)
 
-  record = artifacts.run(
-    folder,
-    "one",
-    fields=fields or dict(a=1),
-    inputs=inputs or {},
-    make=make,
-    redo=redo,
-    resumes=resumes,
-  )
-  return record, len(ran)
+  return run(folder, make, fields, **how), len(ran)
+
+
+def look(folder, fields=None, **how):
+  """Runs a stage of one file; returns whether there was something of it."""
+  seen = []
+
+  def make(folder):
+    seen.append((folder / "part").exists())
+    disk.write_bytes(folder / "part" / "file", b"x")
+    return ["part"], artifacts.Cost(), {}
+
+  run(folder, make, fields, resumes=("part",), **how)
+  return seen == [True]
 
 
 def test_a_stage_runs_once(tmp_path, capsys):
@@ -89,23 +90,23 @@ def test_other_bytes_of_an_input_make_a_stage_stale(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-  "harm, said",
+  "corrupt, words",
   [
     (lambda f: (f / "other").unlink(), "other is missing"),
     (lambda f: (f / "other").write_bytes(b"firstfirsT"), "other has other"),
     (lambda f: (f / "part" / "file").write_bytes(b""), "part/file has other"),
   ],
 )
-def test_harmed_files_are_made_again(tmp_path, capsys, harm, said):
+def test_corrupt_files_are_made_again(tmp_path, capsys, corrupt, words):
   stage(tmp_path)
-  harm(tmp_path)
+  corrupt(tmp_path)
   assert stage(tmp_path)[1] == 1
-  assert said in capsys.readouterr().out
+  assert words in capsys.readouterr().out
   assert (tmp_path / "other").read_bytes() == b"firstfirst"
   assert stage(tmp_path)[1] == 0
 
 
-def test_every_bit_of_a_card_counts(tmp_path, capsys):
+def test_every_bit_of_a_record_counts(tmp_path, capsys):
   """A record is not believed unless its own digest agrees."""
   stage(tmp_path)
   path = tmp_path / "records" / "one.json"
@@ -115,60 +116,33 @@ def test_every_bit_of_a_card_counts(tmp_path, capsys):
     data = bytearray(whole)
     data[at] ^= 1 << int(rng.integers(8))
     path.write_bytes(bytes(data))
-    found = artifacts.read_record(tmp_path, "one")
-    raw = None
-    try:
-      raw = json.loads(bytes(data))
+    try:  # a bit in white space changes nothing
+      same = json.loads(bytes(data)) == json.loads(whole)
     except ValueError:
-      pass
-    if raw == json.loads(whole):  # a bit in white space
-      assert found.key != artifacts.DAMAGED
-    else:
-      assert found.key == artifacts.DAMAGED, (at, bytes(data))
-  assert stage(tmp_path)[1] == int(raw != json.loads(whole))
+      same = False
+    damaged = artifacts.read_record(tmp_path, "one").key == artifacts.DAMAGED
+    assert damaged != same, (at, bytes(data))
+  assert stage(tmp_path)[1] == int(not same)
   path.write_bytes(whole[:40])
   assert stage(tmp_path)[1] == 1
   assert "its record has other bytes" in capsys.readouterr().out
 
 
-def test_an_unfinished_stage_is_gone_on_from_only_by_its_own_config(
-  tmp_path, capsys
-):
+def test_an_unfinished_stage_is_resumed_only_by_its_own_config(tmp_path):
   """A killed sft must not hand its checkpoint to another learning rate."""
+  killed = dict(fail=KeyboardInterrupt(), resumes=("part",))
   with pytest.raises(KeyboardInterrupt):
-    stage(tmp_path, fail=KeyboardInterrupt())
+    stage(tmp_path, **killed)
   assert not artifacts.read_record(tmp_path, "one").finished
-  seen = []
-
-  def look(folder):
-    seen.append((folder / "part" / "file").exists())
-    disk.write_bytes(folder / "part" / "file", b"x")
-    return ["part"], artifacts.Cost(), {}
-
-  def run(fields, **kwargs):
-    return artifacts.run(
-      tmp_path,
-      "one",
-      fields=fields,
-      inputs={},
-      make=look,
-      resumes=("part",),
-      **kwargs,
-    )
-
-  with pytest.raises(
-    errors.ConfigError,
-    match="an unfinished one made from another config: a was 1, now 2",
-  ):
-    run(dict(a=2))
+  words = "an unfinished one made from another config: a was 1, now 2"
+  with pytest.raises(errors.ConfigError, match=words):
+    look(tmp_path, dict(a=2))
   with pytest.raises(KeyboardInterrupt):
-    stage(tmp_path, fail=KeyboardInterrupt(), resumes=("part",))
-  run(dict(a=1))
-  assert seen == [True]
+    stage(tmp_path, **killed)
+  assert look(tmp_path)
   with pytest.raises(KeyboardInterrupt):
-    stage(tmp_path, dict(a=3), redo=True, fail=KeyboardInterrupt())
-  run(dict(a=2), redo=True)
-  assert seen == [True, False]
+    stage(tmp_path, dict(a=3), redo=True, **killed)
+  assert not look(tmp_path, dict(a=2), redo=True)
 
 
 def test_a_stage_that_failed_with_nothing_to_lose_may_change(tmp_path):
@@ -180,17 +154,10 @@ def test_a_stage_that_failed_with_nothing_to_lose_may_change(tmp_path):
     stage(tmp_path, dict(a=3))
 
 
-def test_leftovers_without_a_card_are_not_gone_on_from(tmp_path):
+def test_leftovers_without_a_record_are_not_resumed(tmp_path):
   stage(tmp_path, resumes=("part",))
   (tmp_path / "records" / "one.json").unlink()
-
-  def look(folder):
-    assert not (folder / "part").exists()
-    return [], artifacts.Cost(), {}
-
-  artifacts.run(
-    tmp_path, "one", fields=dict(a=1), inputs={}, make=look, resumes=("part",)
-  )
+  assert not look(tmp_path)
 
 
 def test_half_written_files_are_swept(tmp_path):
@@ -298,26 +265,16 @@ def test_links_in_place_of_what_a_stage_made(tmp_path, outside, fields):
   assert stage(folder, fields)[1] == 0
 
 
-def test_an_unfinished_stage_does_not_go_on_from_a_link(tmp_path, outside):
+def test_an_unfinished_stage_is_not_resumed_from_a_link(tmp_path, outside):
   folder = tmp_path / "stage"
   with pytest.raises(ZeroDivisionError):
     stage(folder, resumes=("part",), fail=ZeroDivisionError())
   jobs.shutil.rmtree(folder / "part")
   (folder / "part").symlink_to(outside / "deep")
-  seen = []
-
-  def make(folder):
-    seen.append((folder / "part").exists())
-    disk.write_bytes(folder / "part" / "file", b"first")
-    return ["part"], artifacts.Cost(), {}
-
-  artifacts.run(
-    folder, "one", fields=dict(a=1), inputs={}, make=make, resumes=("part",)
-  )
-  assert seen == [False] and not (folder / "part").is_symlink()
+  assert not look(folder) and not (folder / "part").is_symlink()
 
 
-def test_cards_that_lie_elsewhere_are_not_believed(tmp_path, outside):
+def test_records_that_lie_elsewhere_are_not_believed(tmp_path, outside):
   folder = tmp_path / "stage"
   stage(folder)
   (tmp_path / "records").mkdir()
@@ -339,10 +296,9 @@ def test_a_folder_may_itself_be_a_link(tmp_path, outside):
 
 
 def test_a_manifest_names_only_its_own_files(tmp_path, outside):
-  want = disk.digest(outside / "mine")
-  assert disk.corrupt(tmp_path / "stage", {"../outside/mine": want}) == [
-    "'../outside/mine' leads out of its folder"
-  ]
+  want, name = disk.digest(outside / "mine"), "../outside/mine"
+  bad = disk.corrupt(tmp_path / "stage", {name: want})
+  assert bad == [f"{name!r} leads out of its folder"]
   assert not disk.corrupt(tmp_path, {"outside/mine": want})
 
 
@@ -377,15 +333,16 @@ def test_a_record_that_is_no_record(tmp_path):
 
 
 def test_a_key_depends_on_everything():
-  key = artifacts.key_of("one", dict(a=1), dict(b="x"))
-  assert key == artifacts.key_of("one", dict(a=1), dict(b="x"))
-  others = [
-    artifacts.key_of("two", dict(a=1), dict(b="x")),
-    artifacts.key_of("one", dict(a=2), dict(b="x")),
-    artifacts.key_of("one", dict(a=1), dict(b="y")),
-    artifacts.key_of("one", dict(a=1, c=None), dict(b="x")),
+  parts = [
+    ("one", dict(a=1), dict(b="x")),
+    ("two", dict(a=1), dict(b="x")),
+    ("one", dict(a=2), dict(b="x")),
+    ("one", dict(a=1), dict(b="y")),
+    ("one", dict(a=1, c=None), dict(b="x")),
   ]
-  assert len({key, *others}) == 5
+  keys = [artifacts.key_of(*part) for part in parts]
+  assert keys == [artifacts.key_of(*part) for part in parts]
+  assert len(set(keys)) == 5
 
 
 def test_fields_are_compared_as_json_holds_them(tmp_path):
@@ -397,10 +354,6 @@ def test_nan_is_no_json(tmp_path):
   with pytest.raises(ValueError):
     disk.write_json(tmp_path / "x.json", dict(a=float("nan")))
   assert not list(tmp_path.iterdir())
-
-
-# Files that cannot be written. Root may write anywhere, so a folder that is a
-# file stands for one without permission.
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -421,6 +374,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
   "blocked", ["", "shared", "shared/data", "shared/sft", "runs"]
 )
 def test_a_file_in_place_of_a_folder_is_73(tmp_path, monkeypatch, blocked):
+  """Root may write anywhere: it stands for a folder without permission."""
   work = tmp_path / "work"
   path = work / blocked
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -428,9 +382,7 @@ def test_a_file_in_place_of_a_folder_is_73(tmp_path, monkeypatch, blocked):
   if blocked == "runs":
     run = job_lib.Job.run
     only = lambda job, stage, arm=None, folder=None: (
-      artifacts.run(
-        arm_folder(job, arm), "select", fields={}, inputs={}, make=None
-      )
+      artifacts.run(arm_folder(job, arm), "select", Description({}), None)
       if arm
       else run(job, stage)
       if stage == "data"
@@ -480,10 +432,7 @@ def test_a_full_disk_is_73_and_can_be_gone_on_from(full_disk, hook):
   assert os.system(f"mount -o remount,size=9m {full_disk}") == 0
   ended = jobs.run(work)
   assert ended.code == 0, ended
-  assert not jobs.differences(jobs.outcome(jobs.finished()), jobs.outcome(work))
-
-
-# The lock of a workdir.
+  jobs.check_same(work)
 
 
 def _hold(workdir, ready, done):
@@ -537,8 +486,6 @@ def test_a_lock_is_let_go_of_after_an_error(tmp_path):
         pass
 
 
-# A flipped bit in a finished job.
-
 STAGES = {  # stage -> a file of it
   "data": "shared/data/pool.ids.npy",
   "sft": "shared/sft/metrics.jsonl",
@@ -570,24 +517,34 @@ def flip(path, seed=0):
   path.write_bytes(bytes(data))
 
 
+def checkpoint_file(work, step="6"):
+  """The largest file of a checkpoint: its arrays."""
+  folder = work / "shared/sft/checkpoints" / step
+  files = [p for p in folder.rglob("*") if p.is_file()]
+  return max(files, key=lambda p: p.stat().st_size)
+
+
 def only(work, stages, file):
-  """A run on a harmed copy does just these stages and mends everything."""
+  """A run on a corrupt copy does just these stages and repairs everything."""
   ended = jobs.run(work)
   assert ended.code == 0, ended
   assert jobs.did(ended) == stages, ended.out
-  assert not jobs.differences(jobs.outcome(jobs.finished()), jobs.outcome(work))
+  jobs.check_same(work)
   assert file in ended.out and "doing this stage again" in ended.out
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [*STAGES, "checkpoint"])
 def test_a_flipped_bit_redoes_its_stage_alone(tmp_path, stage):
   work = jobs.copy(tmp_path / "work")
-  flip(work / STAGES[stage])
-  only(work, [stage], pathlib.Path(STAGES[stage]).name)
+  path, made = STAGES.get(stage), stage
+  if path is None:
+    path, made = checkpoint_file(work), "sft"
+  flip(work / path)
+  only(work, [made], pathlib.Path(path).name)
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_a_harmed_page_is_made_again_alone(tmp_path, page):
+def test_a_corrupt_page_is_made_again_alone(tmp_path, page):
   """And says what it said: what it shows is read from the artifacts."""
   work = jobs.copy(tmp_path / "work")
   before = {
@@ -604,24 +561,7 @@ def test_a_harmed_page_is_made_again_alone(tmp_path, page):
   assert ended.code == 0 and not jobs.did(ended)
 
 
-def checkpoint_file(work, step="6"):
-  """The largest file of a checkpoint: its arrays."""
-  files = [
-    p
-    for p in (work / "shared/sft/checkpoints" / step).rglob("*")
-    if p.is_file()
-  ]
-  return max(files, key=lambda p: p.stat().st_size)
-
-
-def test_a_flipped_bit_in_the_arrays_of_a_finished_stage(tmp_path):
-  work = jobs.copy(tmp_path / "work")
-  path = checkpoint_file(work)
-  flip(path)
-  only(work, ["sft"], path.name)
-
-
-def test_a_flipped_bit_in_a_card(tmp_path):
+def test_a_flipped_bit_in_a_record(tmp_path):
   work = jobs.copy(tmp_path / "work")
   path = work / "shared/embed/records/embed.json"
   whole = path.read_text()
@@ -630,33 +570,23 @@ def test_a_flipped_bit_in_a_card(tmp_path):
   only(work, ["embed"], "its record")
 
 
-def test_a_flipped_bit_in_a_checkpoint_that_is_gone_on_from(tmp_path):
+@pytest.mark.parametrize("steps", [(6,), (4, 6)])
+def test_a_flipped_bit_in_a_checkpoint_that_is_resumed(tmp_path, steps):
   """Orbax restores such bytes without a word; their digests tell."""
   work = jobs.copy(tmp_path / "work")
-  record = work / "shared/sft/records/sft.json"
-  found = artifacts.read_record(work / "shared/sft", "sft")
+  folder = work / "shared/sft"
+  found = artifacts.read_record(folder, "sft")
   found.finished, found.outputs = False, {}
-  artifacts._write_record(work / "shared/sft", found)
-  flip(checkpoint_file(work))
+  artifacts._write_record(folder, found)
+  for step in steps:
+    flip(checkpoint_file(work, str(step)))
   ended = jobs.run(work)
   assert ended.code == 0 and jobs.did(ended) == ["sft"]
-  assert "checkpoint 6" in ended.out and "resumed from step 4" in ended.out
-  assert not jobs.differences(jobs.outcome(jobs.finished()), jobs.outcome(work))
-  assert record.exists()
-
-
-def test_all_checkpoints_damaged_starts_over(tmp_path):
-  work = jobs.copy(tmp_path / "work")
-  found = artifacts.read_record(work / "shared/sft", "sft")
-  found.finished, found.outputs = False, {}
-  artifacts._write_record(work / "shared/sft", found)
-  for step in ("4", "6"):
-    flip(checkpoint_file(work, step))
-  ended = jobs.run(work)
-  assert ended.code == 0 and "resumed from" not in ended.out
-  for step in (4, 6):
+  for step in steps:
     assert f"checkpoint {step}" in ended.out
-  assert not jobs.differences(jobs.outcome(jobs.finished()), jobs.outcome(work))
+  assert ("resumed from step 4" in ended.out) == (4 not in steps)
+  assert ("resumed from" in ended.out) == (4 not in steps)
+  jobs.check_same(work)
 
 
 def test_a_checkpoint_without_its_digests_is_not_believed(tmp_path):

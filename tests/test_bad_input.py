@@ -171,7 +171,7 @@ def test_prompts_that_differ_between_the_sides(tmp_path):
   ended, summary, rejected = read_data(
     tmp_path / "w", write(tmp_path / "x.jsonl", rows)
   )
-  assert ended.code is None and summary["schema"] == "implicit_pairs"
+  assert ended.code is None and summary["schema"] == "pairs"
   assert summary["refused_by_reason"] == {"prompts differ": 1}
   assert rejected[0]["line"] == 8 and "'is 7" in rejected[0]["detail"]
 

@@ -19,6 +19,7 @@ from jaxalign.core.errors import ConfigError, DataError
 from jaxalign.data import tables, tokenizer, tokens
 from jaxalign.data.encode import encode_texts
 from jaxalign.embed import over_pool, passes, questions, row_scores, store
+from jaxalign.embed.passes import PassOptions
 from jaxalign.model import decoder, hf, weights
 from jaxalign.model import reward as reward_lib
 from jaxalign.select import columns
@@ -102,9 +103,9 @@ def test_perplexity_ifd_and_p_yes_in_float64(shape):
   params, mesh = drawn_params(), a_mesh(*shape)
   with jax.set_mesh(mesh):
     placed = on(mesh, params)
-    run = lambda r: passes.score_rows(mesh, placed, MODEL, r, tile=4, chunk=8)
+    run = lambda r: passes.score_rows(mesh, placed, MODEL, r, PassOptions(4, 8))
     whole, alone = run(packed), run(row_scores.answers_alone(packed, 1))
-    yes = row_scores.p_yes(mesh, placed, MODEL, packed, 7, 4, tile=4)
+    yes = row_scores.p_yes(mesh, placed, MODEL, packed, 7, 4, PassOptions(4))
   for i, (prompt, answer) in enumerate(rows):
     given = oracle.token_logps(params, prompt + answer, **SIZES)[len(prompt) :]
     bare = oracle.token_logps(params, [1] + answer, **SIZES)[1:]
@@ -148,10 +149,10 @@ def test_a_real_model_says_what_transformers_says(shared):
   mesh = a_mesh(1, 1)
   with jax.set_mesh(mesh):
     params = hf.load_folder(folder, m, mesh)
-    run = lambda r: passes.score_rows(mesh, params, m, r, tile=2, chunk=16)
+    run = lambda r: passes.score_rows(mesh, params, m, r, PassOptions(2, 16))
     whole, alone = run(rows), run(row_scores.answers_alone(rows, tok.bos))
     yes = row_scores.p_yes(
-      mesh, params, m, asked.rows, asked.yes, asked.no, tile=2
+      mesh, params, m, asked.rows, asked.yes, asked.no, PassOptions(2)
     )
 
   def logps(ids):
@@ -220,7 +221,7 @@ def test_a_fence_cannot_be_closed_from_inside():
 )
 def test_questions_that_cannot_work(question, words):
   with pytest.raises(ConfigError, match=words):
-    questions.check(question)
+    questions.check_question(question)
 
 
 def a_tokenizer():
@@ -311,7 +312,7 @@ def test_a_proxy_of_its_own_needs_no_reference(tmp_path):
   assert "sft" not in columns.before(c, ["proxy"])
   assert proxies.proxy_needs(job, None) == ["data"]
   found = proxies.proxy_fields()(job, None)
-  assert found["proxy"] == row_scores.digest_of(tmp_path)
+  assert found["proxy"] == over_pool.checkpoint_digest(tmp_path)
 
 
 def test_the_held_out_loss_is_that_of_dpo():
@@ -362,7 +363,7 @@ def test_what_a_sampler_reads_names_its_stages():
   assert stages("crossfit") == ["embed", "residual"]
   job = types.SimpleNamespace(c=c)
   alone = {
-    n for n in over_pool.KEEPS if over_pool.pass_needs(n)(job, None) == ["data"]
+    n for n in over_pool.KEEPS if over_pool.pass_needs(n, job, None) == ["data"]
   }
   assert alone == {"embed", "answer"}
   for name, sampler in SAMPLERS.items():  # every sampler, of real pairs

@@ -113,6 +113,12 @@ def wrong_share(pool, reward, rows):
 # The heads.
 
 
+def out_of_fold(x, y, fold, ridge, unread=0):
+  """Margins and losses by heads of the other folds, and the last b."""
+  found, b = heads.fit_folds(x, y, fold, ridge)
+  return *found.judge(x, y, fold, unread), b
+
+
 def signed_rows(seed=0, n=300, width=6):
   rng = np.random.default_rng(seed)
   x = rng.normal(size=(n, width)) * np.linspace(0.5, 2, width)
@@ -160,7 +166,7 @@ def test_fit_equals_scikit_learn_on_differences():
 def test_out_of_fold_margins_are_of_the_other_folds_solution():
   x, y = signed_rows(2)
   fold = np.arange(len(x)) % 4
-  margin, loss, _ = heads.out_of_fold(x, y, fold, 0.02)
+  margin, loss, _ = out_of_fold(x, y, fold, 0.02)
   for k in range(4):
     others = fold != k
     share = (y[others] > 0).mean()
@@ -185,8 +191,8 @@ def test_no_label_of_a_fold_reaches_its_own_margins(as_pairs):
     flipped = np.where(own[:, None], -x, x), y
   else:
     flipped = x, np.where(own, -y, y)
-  before, _, _ = heads.out_of_fold(x, y, fold, 0.1)
-  after, _, _ = heads.out_of_fold(*flipped, fold, 0.1)
+  before, _, _ = out_of_fold(x, y, fold, 0.1)
+  after, _, _ = out_of_fold(*flipped, fold, 0.1)
   # The label's sign is the row's own; what the head says of it is not moved.
   # (A warm start leaves the last digits.)
   assert_allclose(after[own], -before[own], atol=1e-6)
@@ -196,9 +202,12 @@ def test_no_label_of_a_fold_reaches_its_own_margins(as_pairs):
 def test_what_is_done_to_the_features_cannot_see_a_label():
   pool, _ = world(n=300)
   blocks = [pool.grams, pool.length[..., None]]
-  rows = lambda blocks, group: heads.clipped(
-    np.concatenate([margins.head_columns(b, group) for b in blocks], axis=1)
-  )
+
+  def rows(blocks, group):
+    parts = [heads.fit_view(block, group)[1] for block in blocks]
+    x = np.concatenate(parts, axis=1)
+    return heads.clipped(x, heads.longest(x))
+
   x = rows(blocks, pool.group)
   which = np.arange(300) % 3 == 0
   other = turned(pool, which)
@@ -220,7 +229,7 @@ def test_the_ridge_with_the_least_loss_is_chosen():
   x, y = signed_rows(4, n=120, width=30)
   fold = np.arange(120) % 3
   i, losses = heads.choose_ridge(x, y, fold, margins.RIDGES)
-  each = [heads.out_of_fold(x, y, fold, r)[1].mean() for r in margins.RIDGES]
+  each = [out_of_fold(x, y, fold, r)[1].mean() for r in margins.RIDGES]
   assert_allclose(losses, each, atol=1e-6)
   assert i == int(np.argmin(each)) and 0 < i < len(each) - 1
 
@@ -232,7 +241,7 @@ def test_wide_rows_are_rotated_and_cut_on_any_mesh(width, mesh):
   low = rng.normal(size=(150, 20)) @ rng.normal(size=(20, width))
   x = heads.scaled(low)
   assert_allclose((np.float64(x) ** 2).mean(axis=0), 1, rtol=1e-5)
-  got, value = heads.principal(x)
+  got, value, _ = heads.principal(x)
   assert got.shape == (150, 20)
   assert_allclose(got @ got.T, np.float64(x) @ x.T, atol=width * 1e-5)
   u, s, _ = np.linalg.svd(np.float64(x), full_matrices=False)
@@ -241,22 +250,30 @@ def test_wide_rows_are_rotated_and_cut_on_any_mesh(width, mesh):
   assert heads.principal(x, 7)[0].shape == (150, 7)
 
 
+def typical(x):
+  return heads.fit_density(x)[1]
+
+
+def without(x, habit):
+  return x - habit @ heads.explained(x, habit)
+
+
 def test_typical_is_the_density_of_a_gaussian():
   rng = np.random.default_rng(1)
-  x = heads.scaled(rng.normal(size=(4000, 5)))
+  x = rng.normal(size=(4000, 5))
+  x = heads.scaled(x - x.mean(axis=0))
   wanted = -0.5 * (np.float64(x) @ np.linalg.inv(np.cov(x.T)) * x).sum(1)
-  assert_allclose(heads.typical(x), wanted, rtol=0.02, atol=0.02)
+  assert_allclose(typical(x), wanted, rtol=0.02, atol=0.02)
   far = np.concatenate([x, 6 * np.ones((5, 5), np.float32)])
-  assert heads.typical(far)[-5:].max() < heads.typical(far)[:-5].min()
+  assert typical(far)[-5:].max() < typical(far)[:-5].min()
 
 
 def test_what_few_directions_leave_over_shares_one_variance():
   """100 rows: two directions, and four that share what is left."""
   rng = np.random.default_rng(2)
-  x = heads.scaled(
-    rng.normal(size=(100, 2)) @ rng.normal(size=(2, 6))
-    + 0.5 * rng.normal(size=(100, 6))
-  )
+  x = rng.normal(size=(100, 2)) @ rng.normal(size=(2, 6))
+  x += 0.5 * rng.normal(size=(100, 6))
+  x = heads.scaled(x - x.mean(axis=0))
   value, vector = np.linalg.eigh(np.float64(x).T @ x / 100)
   along = x @ vector[:, :-3:-1]
   floor = value[:4].sum() / 4
@@ -264,12 +281,84 @@ def test_what_few_directions_leave_over_shares_one_variance():
   wanted = -0.5 * (along**2 / (value[:-3:-1] + floor)).sum(axis=1) - (
     0.5 * rest / floor
   )
-  assert_allclose(heads.typical(x), wanted, rtol=1e-5)
+  assert_allclose(typical(x), wanted, rtol=1e-5)
 
 
 def test_long_rows_are_shortened():
   x = np.eye(5) * np.array([1, 1, 1, 1, 10])
-  assert_allclose(np.diag(heads.clipped(x)), [1, 1, 1, 1, 1.5])
+  assert_allclose(
+    np.diag(heads.clipped(x, heads.longest(x))), [1, 1, 1, 1, 1.5]
+  )
+
+
+# Large pools.
+
+
+@pytest.mark.parametrize("unpaired", [False, True])
+def test_a_large_pool_is_judged_in_chunks_by_heads_of_the_first(
+  unpaired, monkeypatch
+):
+  pool, reward = world(flips=0.2, unpaired=unpaired)
+  n, k = len(pool.ids), crossfit.Keywords(None, "random", None, None, None)
+  monkeypatch.setattr(heads, "ROWS", n // 3)
+  ridges = margins.RIDGES
+  monkeypatch.setattr(margins, "RIDGES", (0.06,))
+  tokens, few, signs = crossfit._read(pool)
+  parts, of_heads = dict(tokens=tokens, few=few), (("tokens", "few"),)
+  data = crossfit._labelled(pool, parts, of_heads, k)
+  chunks = heads.in_chunks(data.group)
+  assert len(chunks) > 2
+  assert_array_equal(np.sort(np.concatenate(chunks)), np.arange(n))
+  prompts = [set(data.group[rows]) for rows in chunks]
+  assert sum(map(len, prompts)) == len(set.union(*prompts))
+  whole = margins.margins(0, data)
+  # Of the first chunk as if there were no other rows, up to one factor.
+  first = margins.margins(0, data.take(chunks[0]))
+  if unpaired:  # log-odds too
+    assert first.chance == pytest.approx(whole.chance, abs=0.01)
+  assert_allclose(whole.loss[chunks[0]], first.loss)
+  ratio = whole.mean[chunks[0]] / first.mean
+  assert np.corrcoef(whole.mean[chunks[0]], first.mean)[0, 1] > 0.9999
+  assert np.ptp(ratio[np.abs(first.mean) > 0.5]) < 0.1 * np.median(ratio)
+  # Heads cannot have seen a label of another chunk.
+  which = np.isin(np.arange(n), chunks[1])
+  other = turned(pool, which)
+  again = crossfit._labelled(other, *_features(other), k)
+  assert_allclose(
+    margins.margins(0, again).loss[chunks[0]], whole.loss[chunks[0]]
+  )
+  monkeypatch.setattr(margins, "RIDGES", ridges)
+  got = lite(pool, n // 10)
+  if not unpaired:
+    wrong = wrong_share(pool, reward, got.rows)[0]
+    assert wrong < wrong_share(pool, reward, np.arange(n))[0] / 2
+  # How typical a response is: by the first chunk's density.
+  density, score = heads.fit_density(
+    tokens[chunks[0]].reshape(-1, tokens.shape[2])
+  )
+  r = tokens.shape[1]
+  assert_array_equal(signs["grams"][chunks[0]], score.reshape(-1, r))
+  assert_array_equal(
+    signs["grams"][chunks[1]],
+    density.of(tokens[chunks[1]].reshape(-1, tokens.shape[2])).reshape(-1, r),
+  )
+  same = density.of(tokens[chunks[0]].reshape(-1, tokens.shape[2]))
+  assert_allclose(same, score, rtol=1e-6, atol=1e-6)
+
+
+def _features(pool):
+  tokens, few, _ = crossfit._read(pool)
+  return dict(tokens=tokens, few=few), (("tokens", "few"),)
+
+
+def test_near_copies_are_the_same_in_chunks(monkeypatch):
+  rng = np.random.default_rng(3)
+  grams_ = rng.poisson(0.05, size=(300, 2, 512)).astype(np.uint8)
+  grams_[200:250] = grams_[:50]
+  wanted = near_copies.copies(grams_)
+  monkeypatch.setattr(near_copies, "_ROWS", 64)
+  assert_array_equal(near_copies.copies(grams_), wanted)
+  assert_array_equal(wanted[200:250], wanted[:50])
 
 
 # The features.
@@ -324,9 +413,8 @@ def test_residual_rows_are_the_tokens_less_the_expected_ones(mesh):
     np.array([3, 1, 5], np.int32),
     np.zeros(3, np.int32),
   )
-  got = passes.pass_rows(
-    mesh, params, m, rows, ("residual", "least"), tile=2, chunk=4
-  )
+  how, outputs = passes.PassOptions(2, 4), ("residual", "least")
+  got = passes.pass_rows(mesh, params, m, rows, outputs, how)
   head = np.float64(sharding.fetch(params["embed"]))
   for i, size in enumerate(sizes):
     ids = rows.ids[rows.offsets[i] : rows.offsets[i + 1]]
@@ -336,9 +424,8 @@ def test_residual_rows_are_the_tokens_less_the_expected_ones(mesh):
       np.zeros(size - 1, np.int32),
       np.zeros(size - 1, np.int32),
     )
-    x = np.float64(
-      passes.pool_rows(mesh, params, m, short, pooling="last", tile=4)
-    )
+    how = passes.PassOptions(tile=4, pooling="last")
+    x = np.float64(passes.score_rows(mesh, params, m, short, how).embedding)
     wanted, least = np.zeros(16), 0.0
     for t in range(rows.start[i], size):
       scores = x[t - 1] @ head.T
@@ -494,7 +581,7 @@ def test_labels_of_one_class_are_told_as_such(liked):
 def test_counts_are_read_without_a_copy_in_float64():
   pool = tests_pools.make(2, 100)
   assert pool.grams.dtype == np.uint8
-  assert np.shares_memory(crossfit._counts(pool), pool.grams)
+  assert np.shares_memory(crossfit._read(pool)[0], pool.grams)
   as_float = with_columns(pool, grams=np.float64(pool.grams))
   got, wanted = crossfit._read(pool), crossfit._read(as_float)
   for a, b in zip(got[:2], wanted[:2]):
@@ -666,19 +753,19 @@ def test_without_leaves_nothing_that_follows_a_habit():
   rng = np.random.default_rng(0)
   h, x = rng.normal(size=(200, 2)), rng.normal(size=(200, 5))
   x[:, 0] += 3 * h[:, 1]
-  got = heads.without(x, h)
+  got = without(x, h)
   # By the normal equations: (I - h (h'h)^-1 h') x.
   wanted = x - h @ np.linalg.inv(h.T @ h) @ h.T @ x
   assert_allclose(got, wanted, atol=1e-12)
   assert_allclose(h.T @ got, 0, atol=1e-10)
   turn = np.where(rng.random(200) < 0.5, -1.0, 1.0)[:, None]
-  assert_allclose(heads.without(turn * x, turn * h), turn * got, atol=1e-12)
+  assert_allclose(without(turn * x, turn * h), turn * got, atol=1e-12)
 
 
 def test_unread_columns_are_fitted_and_do_not_count():
   x, y = signed_rows(5, width=5)
   fold = np.arange(len(x)) % 3
-  got, loss, _ = heads.out_of_fold(x, y, fold, 0.02, unread=2)
+  got, loss, _ = out_of_fold(x, y, fold, 0.02, unread=2)
   for k in range(3):
     others = fold != k
     share = (y[others] > 0).mean()
@@ -910,7 +997,7 @@ def test_fewer_rows_than_columns_lose_nothing(mesh):
   """By way of the products of rows, against a singular value decomposition."""
   rng = np.random.default_rng(0)
   x = heads.scaled(rng.normal(size=(300, 30)) @ rng.normal(size=(30, 700)))
-  got, value = heads.principal(x)
+  got, value, _ = heads.principal(x)
   assert got.shape == (300, 30)
   assert_allclose(got @ got.T, np.float64(x) @ x.T, atol=1e-2)
   u, s, _ = np.linalg.svd(np.float64(x), full_matrices=False)
@@ -1065,20 +1152,20 @@ def test_more_copies_than_are_wanted_come_after_all_others():
 
 def test_heads_of_no_columns_rows_or_folds():
   for width in (0, 3):
-    got, value = heads.principal(np.zeros((4, width), np.float32))
+    got, value, _ = heads.principal(np.zeros((4, width), np.float32))
     assert got.shape == (4, 0) and value.shape == (0,)
   one = heads.scaled(np.array([[1.0], [-2.0], [3.0]]))
-  got, value = heads.principal(one)
+  got, value, _ = heads.principal(one)
   assert_allclose(np.abs(got), np.abs(one), rtol=1e-6)
   assert_allclose(value, [1], rtol=1e-6)
   # Rows whose fold has no others: no margin, and the loss of knowing nothing.
   x, y = signed_rows(6, n=20)
-  margin, loss, b = heads.out_of_fold(x, y, np.zeros(20, int), 0.1)
+  margin, loss, b = out_of_fold(x, y, np.zeros(20, int), 0.1)
   assert not margin.any() and b is None
   assert_allclose(loss, math.log(2))
   # A single class in the other folds: log-odds of 999 to one.
   y = np.where(np.arange(20) < 10, 1.0, -1.0)
-  _, loss, _ = heads.out_of_fold(np.zeros((20, 2)), y, np.arange(20) // 10, 1.0)
+  _, loss, _ = out_of_fold(np.zeros((20, 2)), y, np.arange(20) // 10, 1.0)
   assert_allclose(loss, math.log(1000), rtol=1e-6)
   # Columns of zeros stay that; the others have root mean square 1.
   assert_array_equal(heads.scaled(np.array([[0.0, 3], [0, 4]]))[:, 0], [0, 0])

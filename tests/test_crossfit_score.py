@@ -8,6 +8,7 @@ import numpy as np
 from numpy.testing import assert_allclose
 import pytest
 from sklearn.ensemble import HistGradientBoostingClassifier
+import threadpoolctl
 
 from jaxalign.select import pool as pools
 from jaxalign.select.samplers import SAMPLERS
@@ -251,8 +252,9 @@ def gate(mean, spread, signs, group):
       early_stopping=False,
       monotonic_cst=[1] + [0] * (z.shape[1] - 1),
     )
-    trees.fit(z[fold != k], agrees[fold != k])
-    q[fold == k] = trees.predict_proba(z[fold == k])[:, 1]
+    with threadpoolctl.threadpool_limits(1, user_api="openmp"):  # none spins
+      trees.fit(z[fold != k], agrees[fold != k])
+      q[fold == k] = trees.predict_proba(z[fold == k])[:, 1]
   return q
 
 

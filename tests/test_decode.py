@@ -231,7 +231,8 @@ def test_answers_are_scored_after_the_prompt_that_was_cut(alone):
   got = held_out.score_answers(alone, where, MODEL, what, answers, how)
   cut = [np.concatenate([p[:1], p[:23][-15:]]) for p in longs]
   rows = held_out.answer_rows(cut, answers)
-  wanted = passes.score_rows(alone, where, MODEL, rows, tile=4, chunk=64).logp
+  packed = passes.PassOptions(4, 64)
+  wanted = passes.score_rows(alone, where, MODEL, rows, packed).logp
   np.testing.assert_array_equal(got, wanted)
 
 

@@ -78,9 +78,8 @@ def score(shape, pooling="mean", order=None, spoilt=False):
       bad[9] = np.nan
       where["embed"] = sharding.put(mesh, bad, "vocab", "width")
     picked = rows() if order is None else [rows()[i] for i in order]
-    return passes.score_rows(
-      mesh, where, MODEL, token_rows(picked), pooling=pooling, tile=2, chunk=7
-    )
+    how = passes.PassOptions(2, 7, pooling)
+    return passes.score_rows(mesh, where, MODEL, token_rows(picked), how)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "last", "response"])
@@ -138,17 +137,9 @@ def whole_pass(shape, outputs=tuple(passes.OUTPUTS), layers=0, cut=0):
       n: sharding.put(mesh, params()[n][: p.shape[0]], *p.axes)
       for n, p in decoder.table(m).items()
     }
-    return passes.pass_rows(
-      mesh,
-      where,
-      m,
-      token_rows([*rows(), ([1, 5, 6], [])]),
-      outputs,
-      pooling="last",
-      layers=layers,
-      tile=2,
-      chunk=7,
-    )
+    how = passes.PassOptions(2, 7, "last", layers)
+    every = token_rows([*rows(), ([1, 5, 6], [])])
+    return passes.pass_rows(mesh, where, m, every, outputs, how)
 
 
 @pytest.mark.parametrize("layers", [0, 1])
@@ -225,4 +216,4 @@ def test_rows_that_are_not_finite_are_named():
 
 def test_flops_count_every_row():
   wanted = sum(decoder_flops(MODEL, len(p) + len(r)) for p, r in rows())
-  assert passes.flops(MODEL, token_rows(rows())) == wanted
+  assert passes.pass_flops(MODEL, token_rows(rows())) == wanted

@@ -287,14 +287,14 @@ def test_a_production_config_plans_without_the_net(tmp_path, config, most):
 
 def passes_of(monkeypatch):
   """Grows by (label, outputs) with every pass over rows of the pool."""
-  seen, real = [], embed._over_tiles
+  seen, real = [], embed.map_rows
 
-  def noted(mesh, fn, params, m, rows, tile, out, label, *rest):
-    if label in KEEPS:
-      seen.append((label, tuple(out)))
-    real(mesh, fn, params, m, rows, tile, out, label, *rest)
+  def noted(mesh, fn, params, rows, shapes, context, options):
+    if options.label in KEEPS:
+      seen.append((options.label, tuple(shapes)))
+    return real(mesh, fn, params, rows, shapes, context, options)
 
-  monkeypatch.setattr(embed, "_over_tiles", noted)
+  monkeypatch.setattr(embed, "map_rows", noted)
   return seen
 
 

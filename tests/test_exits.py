@@ -1,8 +1,8 @@
 """A command's exit code is its own, whatever becomes of threads and output."""
 
-import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -15,16 +15,15 @@ from jaxalign.core import disk
 from tools import job_checks
 
 CALL = (
-  "import sys\nfrom jaxalign.cli import main\n"
-  "def run(argv):\n  {body}\nmain.start(run)\n"
+  "import sys\nfrom jaxalign.cli.exits import start\n"
+  "def run(argv):\n  {body}\nstart(run)\n"
 )
 
 
-def call(body, shell="{}", **env):
-  """Runs a command whose body is Python; (code, output, error)."""
-  words = [sys.executable, "-c", CALL.format(body=body.replace("\n", "\n  "))]
+def shelled(words, shell="{}", env={}):
+  """Runs Python with these words through a shell; (code, output, error)."""
   done = subprocess.run(
-    ["bash", "-c", shell.format('"$@"'), "-", *words],
+    ["bash", "-c", shell.format('"$@"'), "-", sys.executable, *words],
     cwd=jobs.ROOT,
     env=os.environ | env,
     text=True,
@@ -32,6 +31,12 @@ def call(body, shell="{}", **env):
     timeout=120,
   )
   return done.returncode, done.stdout, done.stderr
+
+
+def call(body, shell="{}", **env):
+  """Runs a command whose body is Python; (code, output, error)."""
+  code = CALL.format(body=body.replace("\n", "\n  "))
+  return shelled(["-c", code], shell, env)
 
 
 # Four threads that never end, inside a library that calls Python back: the
@@ -115,6 +120,13 @@ def test_every_end_has_its_code(body, code, said):
 LINES = "for i in range(20_000): print('line', i)\nreturn 65"
 
 
+SAID = """from jaxalign.core import errors, progress
+for i in range(9999):
+  progress.say(f'line {i}')
+with progress.bar('x', 9) as tick: tick()
+raise errors.DataError('bad')"""
+
+
 @pytest.mark.parametrize(
   "shell, out",
   [
@@ -126,18 +138,7 @@ LINES = "for i in range(20_000): print('line', i)\nreturn 65"
     ("{} 2>/dev/full >/dev/full", ""),
   ],
 )
-@pytest.mark.parametrize(
-  "body",
-  [
-    LINES,
-    LINES.replace("20_000", "3"),
-    "from jaxalign.core import errors, progress\n"
-    "for i in range(9999):\n"
-    "  progress.say(f'line {i}')\n"
-    "with progress.bar('x', 9) as tick: tick()\n"
-    "raise errors.DataError('bad')",
-  ],
-)
+@pytest.mark.parametrize("body", [LINES, LINES.replace("20_000", "3"), SAID])
 def test_output_that_nobody_reads(shell, out, body):
   code, said, err = call(body, shell)
   assert (code, said) == (65, out)
@@ -170,47 +171,22 @@ def test_a_character_that_the_terminal_lacks():
   assert (code, out) == (0, "caf\\xe9 \\U0001f600 \\ud800\n")
 
 
-def rows(path, count=40):
-  path.write_text(
-    "".join(
-      json.dumps(
-        dict(
-          prompt=f"tell me of {i} ",
-          chosen=f"it is {i} and good",
-          rejected=f"no {i} at all",
-        )
-      )
-      + "\n"
-      for i in range(count)
-    )
-  )
-  return path
-
-
 @pytest.mark.parametrize(
   "shell", ["{} | head -1; exit ${{PIPESTATUS[0]}}", "{} >&- 2>&-"]
 )
 def test_a_job_ends_with_its_code_though_nobody_listens(tmp_path, shell):
   """An error right after the data stage."""
-  words = [
-    sys.executable,
-    "-m",
-    "jaxalign.select",
+  source = jobs.write_pairs(tmp_path / "x.jsonl", 40)
+  flags = [
     f"--config={jobs.ROOT}/configs/select.py",
-    f"--config.data.source={rows(tmp_path / 'x.jsonl')}",
+    f"--config.data.source={source}",
     "--config.select.sampler=random",
     "--config.select.budget=1000",
     f"--output={tmp_path}/subset.parquet",
   ]
-  done = subprocess.run(
-    ["bash", "-c", shell.format('"$@"'), "-", *words],
-    cwd=jobs.ROOT,
-    text=True,
-    capture_output=True,
-    timeout=120,
-  )
-  assert done.returncode == 64
-  assert "1000 rows" in done.stderr or "2>&-" in shell
+  code, _, err = shelled(["-m", "jaxalign.select", *flags], shell)
+  assert code == 64
+  assert "1000 rows" in err or "2>&-" in shell
   assert (tmp_path / "subset.jaxalign/shared/data/data_summary.json").exists()
 
 
@@ -222,9 +198,6 @@ def test_every_kind_of_end_of_a_real_job(tmp_path, kind):
   code, out = job_checks.end(tmp_path / "job", paths, wanted, True)
   assert code == wanted.code, out
   assert out.count("error: ") == (code not in (0, 1))
-
-
-# Temporary files.
 
 
 def left(*folders):
@@ -292,37 +265,30 @@ def test_a_stopped_job_takes_its_template_process_with_it(tmp_path):
     "{% if add_generation_prompt %}assistant: {% endif %}"
   )
   (tmp_path / "tmp").mkdir()
-  hook = (
-    "from jaxalign.data import render\nfrom jaxalign.data import chat\n"
-    "real = render.Renderer._start\n"
-    "def start(self):\n  real(self)\n"
-    "  print('worker', self._process.pid, flush=True)\n"
-    "render.Renderer._start = start\n"
-    "def encode(self, *_):\n"
-    "  os.kill(os.getpid(), signal.SIGTERM)\n"
-    "  for _ in range(1000): pass\n"
-    "  raise AssertionError('the signal was lost')\n"
-    "chat.Chat.encode = encode\n"
+  hook = """from jaxalign.data import chat, render
+real = render.Renderer._start
+def start(self):
+  real(self)
+  print('worker', self._process.pid, flush=True)
+render.Renderer._start = start
+def encode(self, *_):
+  os.kill(os.getpid(), signal.SIGTERM)
+  for _ in range(1000): pass
+  raise AssertionError('the signal was lost')
+chat.Chat.encode = encode
+"""
+  flags = (
+    f"data.source={jobs.write_pairs(tmp_path / 'x.jsonl', 40)}",
+    f"data.template={tmp_path}/t.jinja",
   )
-  ended = jobs.wait(
-    jobs.start(
-      tmp_path / "work",
-      f"data.source={rows(tmp_path / 'x.jsonl')}",
-      f"data.template={tmp_path}/t.jinja",
-      hook=hook,
-      env=dict(TMPDIR=str(tmp_path / "tmp")),
-    )
-  )
+  env = dict(TMPDIR=str(tmp_path / "tmp"))
+  ended = jobs.wait(jobs.start(tmp_path / "work", *flags, hook=hook, env=env))
   assert ended.code == 75, ended
-  workers = [
-    int(line.split()[1])
-    for line in ended.out.splitlines()
-    if line.startswith("worker ")
-  ]
+  workers = re.findall(r"^worker (\d+)", ended.out, re.MULTILINE)
   assert workers
   for worker in workers:
     with pytest.raises(ProcessLookupError):
-      os.kill(worker, 0)
+      os.kill(int(worker), 0)
   assert not left(tmp_path / "tmp", tmp_path / "work")
 
 

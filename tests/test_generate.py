@@ -76,9 +76,9 @@ def test_a_file_of_prompts_and_one_answer_a_prompt(stories, tmp_path, capsys):
 @pytest.mark.parametrize(
   "flags,code,words",
   [
-    ([], 64, "no model; say --checkpoint"),
-    (["--checkpoint=x"], 64, "say either --prompt"),
-    (["--checkpoint=x", "--prompt=a", "--input=b"], 64, "say either --prompt"),
+    ([], 64, "no model; set --checkpoint"),
+    (["--checkpoint=x"], 64, "set either --prompt"),
+    (["--checkpoint=x", "--prompt=a", "--input=b"], 64, "set either --prompt"),
     (["--checkpoint=nowhere", "--prompt=a"], 64, "has no config.json"),
     (["--checkpoint=x", "--prompt=a", "--tile=0"], 64, "--tile=0, wanted 1"),
     (["--chekpoint=x"], 64, "Unknown command line flag 'chekpoint'"),

@@ -26,7 +26,7 @@ def flags(folder, *more):
 
 
 def test_the_command_of_a_job(tmp_path):
-  values, passed = grid.parse(flags(tmp_path, "--config.train.epochs=1"))
+  values, passed = grid.parse_grid(flags(tmp_path, "--config.train.epochs=1"))
   cells = grid.cells_of(values)
   assert [(c.world, c.seed) for c in cells] == [
     ("natural", 3),
@@ -94,7 +94,7 @@ def job(folder, cell, arms, start=0.25):
 def test_differences_are_paired_by_seed(tmp_path):
   """Against scipy's paired t test and Student's interval, Holm by hand."""
   rng = np.random.default_rng(0)
-  values, _ = grid.parse(flags(tmp_path, "--seeds=1,2,3,4,5", "--norun"))
+  values, _ = grid.parse_grid(flags(tmp_path, "--seeds=1,2,3,4,5", "--norun"))
   cells = grid.cells_of(values)
   told = {w: rng.uniform(0.2, 0.6, (3, 5)) for w in ("natural", "junk")}
   told["natural"][1] = told["natural"][0] + 0.1 + 0.01 * rng.normal(size=5)
@@ -130,16 +130,16 @@ def test_differences_are_paired_by_seed(tmp_path):
 
 
 def test_a_missing_job_is_named_and_another_seed_refused(tmp_path):
-  values, _ = grid.parse(flags(tmp_path, "--norun"))
+  values, _ = grid.parse_grid(flags(tmp_path, "--norun"))
   cells = grid.cells_of(values)
   job(tmp_path, cells[0], {"random-0.1": 0.4, "isa-0.1": 0.5})
   found = grid.summarise(values, cells)
   assert found["missing"] == ["junk/seed3", "natural/seed4", "junk/seed4"]
   assert found["worlds"][0]["verdicts"][0]["verdict"] == "withheld"
   assert study_page.grid_html(json.loads(json.dumps(found)))
-  summary = grid.read(tmp_path, cells)[cells[0]]
+  summary = grid.read_summaries(tmp_path, cells)[cells[0]]
   with pytest.raises(DataError, match="no win rate of seed 9"):
-    grid.outcomes(summary, 9, "natural/seed3")
+    grid.arm_results(summary, 9, "natural/seed3")
 
 
 @pytest.mark.parametrize("seeds,effect", [(5, 0.0), (8, 0.06)])

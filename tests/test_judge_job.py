@@ -15,7 +15,9 @@ from jaxalign.core import artifacts, disk
 from jaxalign.core.errors import ConfigError, DataError
 from jaxalign.eval import judge_kinds
 from jaxalign.model.job import Arm
-from jaxalign.study import evidence
+from jaxalign.study.arms import grouped
+from jaxalign.study.outcomes import Outcomes, read_outcomes
+from jaxalign.study.stats import verdicts
 
 ISA, RANDOM = "isa-0.1-seed0", "random-0.1-seed0"
 
@@ -369,7 +371,7 @@ def test_arms_on_different_prompts_are_refused(tmp_path):
   job = types.SimpleNamespace(c=c, workdir=root, shared=root / "shared")
   arms = [Arm("isa", 0.1, 0), Arm("random", 0.1, 0)]
   with pytest.raises(DataError, match=f"{RANDOM} was judged on other prompts"):
-    evidence.outcomes(job, arms)
+    read_outcomes(job, arms)
 
 
 def test_seeds_are_compared_where_every_verdict_was_read():
@@ -382,11 +384,11 @@ def test_seeds_are_compared_where_every_verdict_was_read():
   }
   for x in won.values():
     x[rng.random(200) < 0.02] = np.nan
-  told = evidence.Told(
+  told = Outcomes(
     "win_vs_target", "win rate", [str(i) for i in range(200)], won
   )
   arms = [Arm(s, 0.1, k) for s in ("isa", "random") for k in range(5)]
-  (one,) = evidence.verdicts(told, evidence.grouped(arms), "isa", "")[0]
+  (one,) = verdicts(told, grouped(arms), "isa", "")[0]
   both = np.stack([won[a.name] for a in arms])
   read = ~np.isnan(both).any(axis=0)
   assert 100 < read.sum() < 200

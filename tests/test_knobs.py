@@ -131,9 +131,9 @@ def _answer(monkeypatch, job, *flags):
   plan = jobs.run("", "--dry_run", *flags)
   keys, ended = {}, None
 
-  def look(folder, stage, *, fields, inputs, **_):
-    fields = json.loads(json.dumps(fields))
-    key = jobs.artifacts.key_of(stage, fields, inputs)
+  def look(folder, stage, how, make):
+    fields = json.loads(json.dumps(how.fields))
+    key = jobs.artifacts.key_of(stage, fields, how.inputs)
     keys[stage, str(folder)] = key
     return jobs.artifacts.given(stage, key)
 

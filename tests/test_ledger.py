@@ -5,6 +5,7 @@ import time
 
 import jax
 import jax.numpy as jnp
+from models import make_mesh, sized
 import numpy as np
 import pytest
 
@@ -27,30 +28,15 @@ def test_two_stages_by_hand():
     ("", "embed"): record("embed", Cost(600, 30, 1.5, 4000), True),
     ("isa-0.1-seed0", "align"): record("align", Cost(450, 9, 2.25, 100)),
   }
-  lines = ledger.stages(records)
+  lines = ledger.stage_lines(records)
+  names = "stage arm flops tokens seconds bytes skipped".split()
   assert lines == [
-    dict(
-      stage="embed",
-      arm="",
-      flops=600,
-      tokens=30,
-      seconds=1.5,
-      bytes=4000,
-      skipped=True,
-    ),
-    dict(
-      stage="align",
-      arm="isa-0.1-seed0",
-      flops=450,
-      tokens=9,
-      seconds=2.25,
-      bytes=100,
-      skipped=False,
-    ),
+    dict(zip(names, ("embed", "", 600, 30, 1.5, 4000, True))),
+    dict(zip(names, ("align", "isa-0.1-seed0", 450, 9, 2.25, 100, False))),
   ]
   # A skipped stage keeps what it once cost.
-  assert ledger.total(lines) == Cost(1050, 39, 3.75, 4100)
-  assert ledger.total([]) == Cost(0, 0, 0, 0)
+  assert ledger.total_cost(lines) == Cost(1050, 39, 3.75, 4100)
+  assert ledger.total_cost([]) == Cost(0, 0, 0, 0)
 
 
 def test_what_a_piece_of_work_adds_to_memory():
@@ -68,52 +54,43 @@ def test_what_a_piece_of_work_adds_to_memory():
     raise ValueError("no thread is left behind")
   records = {("a", "select"): record("select", Cost(7))}
   records["a", "select"].result.update(peak, say="words")
-  (line,) = ledger.stages(records)
+  (line,) = ledger.stage_lines(records)
   assert line["held"] == peak["held"] and line["device"] is None
   assert "say" not in line
 
 
-COSTS = dict(reference=60, ref_logps=0, align=180)
-
-
 @pytest.mark.parametrize(
-  "stages, select, reference, total",
+  "stages, ref_logps, select, reference, total",
   [
     # ISA: the embedding pass has given the reference's numbers.
-    (dict(embed=600, mixture=50), 650, 0, 830),
-    (dict(embed=600), 600, 0, 780),
+    (dict(embed=600, mixture=50), 0, 650, 0, 830),
+    (dict(embed=600), 0, 600, 0, 780),
     # A greedy sampler's own work is its arm's, too.
-    (dict(embed=600, select=1000), 1600, 0, 1780),
+    (dict(embed=600, select=1000), 0, 1600, 0, 1780),
     # Tuned proxies: they read the embedding pass, too.
-    (dict(embed=600, proxy=900), 1500, 0, 1680),
+    (dict(embed=600, proxy=900), 0, 1500, 0, 1680),
     # Random: nothing is embedded, so the kept rows need a pass of their own;
     # so they do where a judge alone has read the pool.
-    (dict(), 0, 60, 240),
-    (dict(ask=700), 700, 60, 940),
+    (dict(), 0, 0, 60, 240),
+    (dict(ask=700), 0, 700, 60, 940),
+    # Mismatched rows are always counted.
+    (dict(embed=600, mixture=50), 40, 650, 40, 870),
+    (dict(), 40, 0, 100, 280),
   ],
 )
-def test_an_arm_alone(stages, select, reference, total):
-  assert ledger.arm_flops(stages=stages, **COSTS) == dict(
-    select=select, reference=reference, align=180, total=total
-  )
-
-
-@pytest.mark.parametrize(
-  "stages, reference, total",
-  [(dict(embed=600, mixture=50), 40, 870), (dict(), 100, 280)],
-)
-def test_mismatched_rows_are_always_counted(stages, reference, total):
-  assert ledger.arm_flops(stages=stages, **COSTS | dict(ref_logps=40)) == dict(
-    select=sum(stages.values()), reference=reference, align=180, total=total
-  )
+def test_an_arm_alone(stages, ref_logps, select, reference, total):
+  costs = dict(reference=60, ref_logps=ref_logps, align=180)
+  found = ledger.arm_flops(stages=stages, **costs)
+  assert list(found) == ["select", "reference", "align", "total"]
+  assert [*found.values()] == [select, reference, 180, total]
 
 
 def test_savings_with_and_without_sft():
   # A tenth of the rows: 830 against 600 + 1800 for all of them.
-  share = ledger.saved(830, 2400, 0)
+  share = ledger.fraction_saved(830, 2400, 0)
   assert share == dict(without_sft=1 - 830 / 2400, with_sft=1 - 830 / 2400)
   # 2400 more on both sides: (830 + 2400) / (2400 + 2400).
-  assert ledger.saved(830, 2400, 2400) == dict(
+  assert ledger.fraction_saved(830, 2400, 2400) == dict(
     without_sft=1 - 830 / 2400, with_sft=1 - 3230 / 4800
   )
 
@@ -123,7 +100,7 @@ def test_selecting_can_cost_more_than_it_saves():
   arm = ledger.arm_flops(
     stages=dict(embed=600, mixture=4000), reference=300, ref_logps=0, align=900
   )
-  share = ledger.saved(arm["total"], 2400, 2400)
+  share = ledger.fraction_saved(arm["total"], 2400, 2400)
   assert arm["total"] == 5500
   np.testing.assert_allclose(share["without_sft"], -3100 / 2400)
   np.testing.assert_allclose(share["with_sft"], -3100 / 4800)
@@ -154,34 +131,16 @@ def multiplied(jaxpr):
 
 
 MODELS = [
-  decoder.ModelConfig(
-    layers=3,
-    width=12,
-    heads=4,
-    kv_heads=2,
-    head_size=6,
-    ff=20,
-    vocab=34,
-    context=16,
-    tied=False,
-  ),
-  decoder.ModelConfig(
-    layers=1,
-    width=8,
-    heads=2,
-    kv_heads=2,
-    head_size=2,
-    ff=10,
-    vocab=18,
-    context=16,
-  ),
+  sized(3, 12, 4, 2, 6, 20, 34, 16, tied=False),
+  sized(1, 8, 2, 2, 2, 10, 18, 16),
 ]
+SMALL = sized(2, 4, 2, 1, 2, 3, 10, 16)
 
 
 @pytest.mark.parametrize("m", MODELS)
 @pytest.mark.parametrize("length", [1, 5, 16])
 def test_flops_are_the_dot_generals_of_the_forward_pass(m, length):
-  mesh = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
+  mesh = make_mesh()
 
   def forward(params, tokens):
     return decoder.logits(
@@ -208,16 +167,7 @@ def test_flops_are_the_dot_generals_of_the_forward_pass(m, length):
 
 
 def test_flops_by_hand_and_without_the_head():
-  m = decoder.ModelConfig(
-    layers=2,
-    width=4,
-    heads=2,
-    kv_heads=1,
-    head_size=2,
-    ff=3,
-    vocab=10,
-    context=16,
-  )
+  m = SMALL
   # A layer and token: q and o 4x4, k and v 4x2, three of 4x3: 84 products.
   # Attention: 2 heads x 2 deep x 2 products a pair of positions: 8.
   # The head: 4 x 10 a position.
@@ -240,56 +190,41 @@ def rows_of(lengths):
 
 
 def test_a_training_run_is_three_forward_passes():
-  m = decoder.ModelConfig(
-    layers=2,
-    width=4,
-    heads=2,
-    kv_heads=1,
-    head_size=2,
-    ff=3,
-    vocab=10,
-    context=16,
-  )
+  m = SMALL
   # One row of L tokens: 336 L + 32 L^2 in the layers and 80 L in the head.
   one = {3: 1536, 5: 2880, 7: 4480}
   assert {n: decoder_flops(m, n) for n in one} == one
+
+  def train_rows(lengths, row_of):
+    shape, row_of = np.shape(row_of), np.array(row_of)
+    sums = np.zeros(shape, np.float32), np.ones(shape, np.float32)
+    return feed.TrainRows(
+      list("abc")[: len(row_of)], rows_of(lengths), row_of, *sums
+    )
+
+  cost, batching = feed.training_cost, feed.Batching(3, 0)
   # Three rows of one response, of 3, 5 and 7 tokens, each seen twice.
-  rows = feed.TrainRows(
-    list("abc"),
-    rows_of([3, 5, 7]),
-    np.arange(3)[:, None],
-    np.zeros((3, 1), np.float32),
-    np.ones((3, 1), np.float32),
-  )
-  seen = feed.Batching(3, 0), 2
+  rows = train_rows([3, 5, 7], [[0], [1], [2]])
   with_other = lambda sizes: rows._replace(
     mismatched=feed.MismatchedRows(rows_of(sizes), None)
   )
   forward = 2 * (1536 + 2880 + 4480)  # 17,792
-  assert feed.training_cost(m, rows, *seen) == (3 * forward, 30)
+  assert cost(m, rows, batching, 2) == (3 * forward, 30)
   # The policy runs over its whole batch first.
-  assert feed.training_cost(m, rows, *seen, ahead=True) == (4 * forward, 30)
+  assert cost(m, rows, batching, 2, ahead=True) == (4 * forward, 30)
   assert 3 * forward == 53376
   # Selection's one pass over the same rows, and KTO's mismatched rows: each
   # is a forward pass alone.
-  assert passes.flops(m, rows.tokens) == 8896
-  assert feed.training_cost(m, with_other([5, 5, 3]), *seen) == (
-    3 * forward + 2 * 2880 + 1536,
+  assert passes.pass_flops(m, rows.tokens) == 8896
+  extra = 2 * 2880 + 1536
+  assert cost(m, with_other([5, 5, 3]), batching, 2) == (
+    3 * forward + extra,
     43,
   )
   # Of a run that ended after one of its two updates, those of that one.
-  assert feed.training_cost(
-    m, with_other([5, 5, 3] * 2), feed.Batching(3, 0), 1
-  ) == (3 * forward // 2 + 2 * 2880 + 1536, 15 + 13)
+  ended = cost(m, with_other([5, 5, 3] * 2), batching, 1)
+  assert ended == (3 * forward // 2 + extra, 15 + 13)
   # Two responses a row: the pair (3, 7), twice in two updates of one pair.
-  pairs = feed.TrainRows(
-    ["a"],
-    rows_of([3, 5, 7]),
-    np.array([[0, 2]]),
-    np.zeros((1, 2), np.float32),
-    np.ones((1, 2), np.float32),
-  )
-  assert feed.training_cost(m, pairs, feed.Batching(1, 0), 2) == (
-    3 * 2 * (1536 + 4480),
-    20,
-  )
+  pairs = train_rows([3, 5, 7], [[0, 2]])
+  found = cost(m, pairs, feed.Batching(1, 0), 2)
+  assert found == (3 * 2 * (1536 + 4480), 20)

@@ -182,7 +182,8 @@ def test_the_start_is_ln_2_in_packed_rows(mesh):
   are rounded at 1e-5; that is divided by 2 and averaged over 16 pairs."""
   pairs = examples()
   tokens = rows_of(pairs)
-  found = passes.score_rows(mesh, on_mesh(mesh), MODEL, tokens, tile=4, chunk=5)
+  how = passes.PassOptions(4, 5)
+  found = passes.score_rows(mesh, on_mesh(mesh), MODEL, tokens, how)
   rows = flat.train_rows(tokens, 2, found.logp, found.count)
   batching = feed.Batching(BATCH, 0, context=64, layout="packed")
   batch = feed.Feed(mesh, rows, batching).batch_at(0)

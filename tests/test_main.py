@@ -10,10 +10,10 @@ import jax
 import jobs
 import pytest
 
-from jaxalign.cli import main
+from jaxalign.cli import command, exits, main, parse
 from jaxalign.core.errors import ConfigError
 from jaxalign.data import build_data
-from jaxalign.study import run as study  # noqa: F401
+from jaxalign.study import arms
 
 
 def refused(tmp_path, *flags, config="dpo_sub.py:tiny"):
@@ -105,7 +105,7 @@ def test_missing_workdir(capsys):
       for part, value in (("train", 1.0), ("train", -0.1), ("train", "nan"))
     ),
     ("train.weight_decay=-0.1", ("train.weight_decay=-0.1", "0 or more")),
-    ("seeds=2147483648", ("seeds=2,147,483,648", "10,000 or fewer")),
+    ("seeds=2147483648", ("seeds=2147483648", "10,000 or fewer")),
     ("seed=-1", ("seed=-1", "from 0 to")),
     ("data.seed=1180591620717411303424", ("data.seed=118", "at most 9,007")),
     ("train.epochs=inf", ("train.epochs=inf", "finite number")),
@@ -188,7 +188,7 @@ def test_kto_needs_a_batch_to_mismatch(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:the load_module")  # of ml_collections
 def test_keywords_of_a_sampler_and_a_loss_are_flags():
-  values = main._parse(
+  values = parse.parse_config(
     [
       "main",
       f"--config={jobs.ROOT}/configs/dpo_sub.py",
@@ -196,7 +196,8 @@ def test_keywords_of_a_sampler_and_a_loss_are_flags():
       "--config.select.kwargs.direction=low",
       "--config.select.kwargs.shares=(0.5, 1)",
       "--config.loss.kwargs.label_smoothing=0.1",
-    ]
+    ],
+    "",
   )
   assert values.config.select.kwargs.to_dict() == dict(
     direction="low", shares=(0.5, 1)
@@ -227,7 +228,7 @@ def test_exit_codes(tmp_path, monkeypatch, error, code, said):
   def fail(*_):
     raise error
 
-  monkeypatch.setattr(study, "run", fail)
+  monkeypatch.setattr(main, "run_study", fail)
   ended = jobs.run(tmp_path)
   assert ended.code == code
   assert said in ended.err and ended.err.count("\n") == 1
@@ -237,7 +238,7 @@ def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
   def fail(*_):
     raise ZeroDivisionError("a bug")
 
-  monkeypatch.setattr(study, "run", fail)
+  monkeypatch.setattr(main, "run_study", fail)
   with pytest.raises(ZeroDivisionError):
     jobs.run(tmp_path)
 
@@ -246,14 +247,14 @@ def test_a_lost_peer_is_75_only_with_several_processes(monkeypatch):
   gone = jax.errors.JaxRuntimeError(
     "UNKNOWN: Gloo AllGather failed: Connection closed by peer"
   )
-  assert not main._lost_peer(gone)
+  assert not exits._lost_peer(gone)
   monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
-  assert main._lost_peer(gone)
+  assert exits._lost_peer(gone)
   wrapped = ValueError("orbax says so")
   wrapped.__cause__ = gone
-  assert main._lost_peer(wrapped)
-  assert not main._lost_peer(jax.errors.JaxRuntimeError("INTERNAL: a bug"))
-  assert not main._lost_peer(ValueError("Gloo"))
+  assert exits._lost_peer(wrapped)
+  assert not exits._lost_peer(jax.errors.JaxRuntimeError("INTERNAL: a bug"))
+  assert not exits._lost_peer(ValueError("Gloo"))
 
 
 @pytest.mark.parametrize(
@@ -271,12 +272,12 @@ def test_a_lost_peer_is_75_only_with_several_processes(monkeypatch):
   ],
 )
 def test_launchers(environment, launcher):
-  assert main.announced(environment) == launcher
+  assert command.announced(environment) == launcher
 
 
 def test_a_launcher_that_announces_nonsense():
   with pytest.raises(ConfigError, match="JAXALIGN_NUM_PROCESSES='two'"):
-    main.announced(dict(JAXALIGN_NUM_PROCESSES="two"))
+    command.announced(dict(JAXALIGN_NUM_PROCESSES="two"))
 
 
 def test_dry_run_writes_nothing(tmp_path):
@@ -337,7 +338,7 @@ def test_a_swallowed_signal_stops_the_next_stage(tmp_path, monkeypatch):
 
 def test_the_report_holds_the_command_given():
   argv = ["main.py", "--config=configs/a b.py", "--workdir=w"]
-  assert study.command_line(argv) == (
+  assert arms.command_line(argv) == (
     "python -m jaxalign.main '--config=configs/a b.py' --workdir=w"
   )
 
@@ -345,17 +346,17 @@ def test_the_report_holds_the_command_given():
 def test_leave_does_not_wait_for_other_processes(monkeypatch):
   done = []
   monkeypatch.setattr(os, "_exit", lambda code: done.append(code))
-  monkeypatch.setattr(main.signal, "signal", lambda *_: None)
-  monkeypatch.setattr(main.threading, "_shutdown", lambda: done.append("wait"))
+  monkeypatch.setattr(exits.signal, "signal", lambda *_: None)
+  monkeypatch.setattr(exits.threading, "_shutdown", lambda: done.append("wait"))
   monkeypatch.setattr(
-    main.atexit, "_run_exitfuncs", lambda: done.append("clean")
+    exits.atexit, "_run_exitfuncs", lambda: done.append("clean")
   )
-  main._leave(65)
+  exits._leave(65)
   assert done == ["wait", "clean", 65]
   monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
-  main._leave(65)
+  exits._leave(65)
   assert done[3:] == [65]
-  main._leave(0)  # a good end is one of all processes
+  exits._leave(0)  # a good end is one of all processes
   assert done[4:] == ["wait", "clean", 0]
 
 

@@ -92,9 +92,10 @@ def test_without_positions_left_padding_would_move_them():
 
 
 def test_scored_rows_do_not_see_their_neighbours(alone):
-  """`embed.score_rows` buckets and tiles; a row's number stays its own."""
+  """`passes.score_rows` buckets and tiles; a row's number stays its own."""
   want, placed = by_hand(rows()), put(alone, MODEL, params())
+  how = passes.PassOptions(2, 7)
   for chosen in (list(range(21)), list(range(20, -1, -1)), [20, 3]):
     tokens = token_rows([rows()[i] for i in chosen])
-    got = passes.score_rows(alone, placed, MODEL, tokens, tile=2, chunk=7).logp
+    got = passes.score_rows(alone, placed, MODEL, tokens, how).logp
     np.testing.assert_allclose(got, want[chosen], rtol=0, atol=2e-5)

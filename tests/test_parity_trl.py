@@ -342,7 +342,7 @@ def test_five_steps_of_dpo(trl, alone, tmp_path):
   )
   assert not refused
   scores = passes.score_rows(
-    alone, fresh(alone), MODEL, tokens, tile=8, chunk=8
+    alone, fresh(alone), MODEL, tokens, passes.PassOptions(8, 8)
   )
   n = len(pool)
   ours = our_run(
@@ -383,12 +383,12 @@ def test_five_steps_of_kto(trl, alone, tmp_path):
     tok, [r["prompt"] for r in pool], dict(response=said), 32, "cut_answer"
   ).rows
   scores = passes.score_rows(
-    alone, fresh(alone), MODEL, tokens, tile=8, chunk=8
+    alone, fresh(alone), MODEL, tokens, passes.PassOptions(8, 8)
   )
   before = np.roll(order(n).reshape(STEPS, BATCH), 1, axis=1).ravel()
   other = batches.mismatched(tokens, order(n), before, 32)
   other_ref = passes.score_rows(
-    alone, fresh(alone), MODEL, other, tile=8, chunk=8
+    alone, fresh(alone), MODEL, other, passes.PassOptions(8, 8)
   ).logp
   ours = our_run(
     alone,

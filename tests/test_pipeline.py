@@ -10,16 +10,18 @@ import safetensors.numpy
 import test_report
 
 from configs import common
+from jaxalign.cli import main
 from jaxalign.core import artifacts, disk
 from jaxalign.data import prepare, tables
 from jaxalign.data import world as world_lib
 from jaxalign.embed import store
 from jaxalign.model import hf
-from jaxalign.report import study_page, terminal
+from jaxalign.report import study_page
 
 ISA, RANDOM = "isa-0.1-seed0", "random-0.1-seed0"
 SHARED = ["data", "sft", "embed", "mixture", "baseline"]
 ARM = ["select", "selection_report", "ref_logps", "align", "evaluate", "export"]
+STORED = {"logp": "ref_sum", "count": "ref_count"}
 PAGE = ["report"]  # of an arm; one over all arms follows
 
 
@@ -34,10 +36,8 @@ def table(job, name):
 
 
 def load(job, name):
-  return json.loads((job / name).read_text())
+  return jobs.load(job / name)
 
-
-# What depends on what.
 
 EVERY = [*SHARED, *ARM]
 TRAINING = ["align", "evaluate", "export"]
@@ -73,32 +73,32 @@ CHANGED = {  # a knob -> the stages of the isa arm that it changes
 @pytest.mark.parametrize("knob", CHANGED)
 def test_a_knob_changes_its_stages_and_no_other(job, monkeypatch, knob):
   """By their keys: nothing is computed here."""
-  changed, said = [], {}
+  changed = {}
 
-  def look(folder, stage, *, fields, inputs, **_):
+  def look(folder, stage, how, make):
     found = artifacts.read_record(folder, stage)
-    key = artifacts.key_of(stage, json.loads(json.dumps(fields)), inputs)
+    fields = json.loads(json.dumps(how.fields))
+    key = artifacts.key_of(stage, fields, how.inputs)
     same = found is not None and found.key == key
-    said[stage, folder.name] = found is not None and not same
+    changed[stage, folder.name] = found is not None and not same
     record = artifacts.given(stage, key)
     record.content = found.content if same else key
     return record
 
   monkeypatch.setattr(artifacts, "run", look)
-  monkeypatch.setattr(terminal, "study_text", stop)
+  monkeypatch.setattr(main, "study_text", stop)
   assert jobs.run(job, knob).code is None
-  folders = {*SHARED, ISA}
-  changed = [
+  own = [
     s
-    for (s, folder), other in said.items()
-    if other and folder in folders and s not in PAGE
+    for (s, folder), other in changed.items()
+    if other and folder in {*SHARED, ISA} and s not in PAGE
   ]
-  assert changed == CHANGED[knob]
+  assert own == CHANGED[knob]
   # A page is made from what is evaluated, and no knob of its own.
-  if ("report", ISA) in said:
-    assert said["report", ISA] == said["evaluate", ISA]
+  if ("report", ISA) in changed:
+    assert changed["report", ISA] == changed["evaluate", ISA]
   arms = "seed=1", "select.budget=0.2", "compare=('all',)"
-  assert said["report", job.name] == bool(knob in arms or "evaluate" in changed)
+  assert changed["report", job.name] == (knob in arms or "evaluate" in own)
 
 
 def stop(*_):
@@ -106,17 +106,10 @@ def stop(*_):
 
 
 def test_the_stages_run_in_order(job):
-  ran = [
-    json.loads(p.read_text())["stage"]
-    for p in sorted(
-      job.rglob("records/*.json"), key=lambda p: p.stat().st_mtime_ns
-    )
-  ]
-  assert ran == [*SHARED, *ARM, *PAGE, *ARM, *PAGE, *PAGE]
-  keys = {}
-  for path in job.rglob("records/*.json"):
-    record = json.loads(path.read_text())
-    keys[path.parent.parent.name, record["stage"]] = record
+  paths = job.rglob("records/*.json")
+  paths = sorted(paths, key=lambda p: p.stat().st_mtime_ns)
+  assert [p.stem for p in paths] == [*SHARED, *(*ARM, *PAGE) * 2, *PAGE]
+  keys = {(p.parent.parent.name, p.stem): jobs.load(p) for p in paths}
   for (folder, stage), record in keys.items():
     for label, content in record["inputs"].items():  # each names what it read
       name, _, arm = label.partition(" of ")
@@ -161,9 +154,6 @@ def test_arms_come_and_go_without_a_stage_twice(tmp_path):
   assert len(kept) == 24 and kept[:16] == small  # best first
 
 
-# The artifacts.
-
-
 def test_the_isa_arm_kept_what_the_equation_ranks_first(job):
   """Khera et al. eq. 2-3 in NumPy: -u exp(u) a side, the sides added."""
   value = np.load(job / "shared/mixture/log_likelihood.npy")[0]
@@ -188,61 +178,47 @@ def test_the_isa_arm_kept_what_the_equation_ranks_first(job):
 
 def test_the_reference_numbers_are_those_of_the_embedding_pass(job):
   pool = [r["id"] for r in table(job, "shared/data/pool.parquet")]
-  logp = store.read(job / "shared/embed/store", "logp")
-  count = store.read(job / "shared/embed/store", "count")
+  stored = {n: store.read(job / "shared/embed/store", n) for n in STORED}
   for arm in (ISA, RANDOM):
     ids = load(job, f"runs/{arm}/ref_ids.json")
-    assert ids == [r["id"] for r in table(job, f"runs/{arm}/subset.parquet")]
+    subset = table(job, f"runs/{arm}/subset.parquet")
+    assert ids == [r["id"] for r in subset]
     rows = [pool.index(i) for i in ids]
-    np.testing.assert_array_equal(
-      np.load(job / f"runs/{arm}/ref_sum.npy"), logp[rows]
-    )
-    np.testing.assert_array_equal(
-      np.load(job / f"runs/{arm}/ref_count.npy"), count[rows]
-    )
-  # A subset has them where its sampler read that pass, as TRL calls them.
-  subset = table(job, f"runs/{ISA}/subset.parquet")
-  np.testing.assert_array_equal(
-    np.float32(
-      [[r["ref_chosen_logps"], r["ref_rejected_logps"]] for r in subset]
-    ),
-    np.load(job / f"runs/{ISA}/ref_sum.npy"),
-  )
-  assert (
-    "ref_chosen_logps" not in table(job, f"runs/{RANDOM}/subset.parquet")[0]
-  )
+    for name, file in STORED.items():
+      found = np.load(job / f"runs/{arm}/{file}.npy")
+      np.testing.assert_array_equal(found, stored[name][rows])
+    # A subset has them where its sampler read that pass, as TRL calls them.
+    names = [f"ref_{side}_logps" for side in ("chosen", "rejected")]
+    assert (names[0] in subset[0]) == (arm == ISA)
+    if arm == ISA:
+      sums = np.float32([[r[n] for n in names] for r in subset])
+      np.testing.assert_array_equal(sums, stored["logp"][rows])
 
 
 def test_training_starts_at_the_reference(job):
   """At step 0 every margin is 0 and DPO's loss is log 2."""
   for arm in (ISA, RANDOM):
     first, *rest = jobs.lines(job / f"runs/{arm}/metrics.jsonl")
-    assert first["train/preference_loss"] == pytest.approx(
-      math.log(2), abs=2e-5
-    )
-    assert first["rewards/margins"] == pytest.approx(0, abs=2e-4)
+    loss, margins = first["train/preference_loss"], first["rewards/margins"]
+    assert loss == pytest.approx(math.log(2), abs=2e-5)
+    assert margins == pytest.approx(0, abs=2e-4)
     assert [x["step"] for x in (first, *rest)] == [0, 1, 2, 3]
     assert any(abs(x["rewards/margins"]) > 1e-4 for x in rest)
 
 
 def test_the_export_holds_the_trained_parameters(job):
+  before = jobs.parameters(job / "shared/sft")
   for arm in (ISA, RANDOM):
-    tensors = safetensors.numpy.load_file(
-      job / f"runs/{arm}/export/model.safetensors"
-    )
-    params = jobs.parameters(job / f"runs/{arm}")
-    np.testing.assert_array_equal(
-      tensors["model.embed_tokens.weight"], params["embed"]
-    )
-    np.testing.assert_array_equal(
-      tensors["model.layers.0.mlp.gate_proj.weight"],
-      params["layers/w_gate"][0].T,
-    )
-    start = jobs.parameters(job / "shared/sft")
-    assert (start["embed"] != params["embed"]).any()  # it did train
-    assert (
-      hf.read_config(job / f"runs/{arm}/export", "float32", "none").width == 32
-    )
+    folder = job / f"runs/{arm}/export"
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    params, gate = jobs.parameters(job / f"runs/{arm}"), "mlp.gate_proj.weight"
+    for name, wanted in (
+      ("model.embed_tokens.weight", params["embed"]),
+      (f"model.layers.0.{gate}", params["layers/w_gate"][0].T),
+    ):
+      np.testing.assert_array_equal(tensors[name], wanted)
+    assert (before["embed"] != params["embed"]).any()  # it did train
+    assert hf.read_config(folder, "float32", "none").width == 32
 
 
 def test_pages_ask_only_for_what_a_job_writes(job):
@@ -300,18 +276,11 @@ def test_the_pages_and_the_summary(job):
 
 
 def test_no_prompt_is_in_two_splits(job):
-  prompts = [
+  sft, pool, held_out = (
     {r["prompt"] for r in table(job, f"shared/data/{n}.parquet")}
     for n in ("sft", "pool", "held_out")
-  ]
-  assert not (
-    prompts[0] & prompts[1]
-    or prompts[0] & prompts[2]
-    or prompts[1] & prompts[2]
   )
-
-
-# What is refused late, since only an artifact shows it.
+  assert not (sft & pool or sft & held_out or pool & held_out)
 
 
 def test_reference_numbers_of_other_rows_are_refused(tmp_path):
@@ -330,28 +299,28 @@ def test_reference_numbers_of_other_rows_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-  "harm, code, said",
+  "file, content, code, words",
   [
-    (lambda f: (f / "config.json").unlink(), 64, "has no config.json"),
-    (lambda f: (f / "model.safetensors").unlink(), 64, "model.safetensors"),
-    (lambda f: (f / "model.safetensors").write_bytes(b"12345678"), 65, "cut"),
-    (lambda f: (f / "tokenizer.json").write_bytes(b"x"), 64, "tokenizer.json"),
-    (
-      lambda f: (
-        (f / "tokenizer.json").unlink(),
-        (f / "tokenizer.model").write_bytes(b"x"),
-      ),
-      64,
-      "SentencePiece",
-    ),
+    ("config.json", None, 64, "has no config.json"),
+    ("model.safetensors", None, 64, "model.safetensors"),
+    ("model.safetensors", b"12345678", 65, "cut"),
+    ("tokenizer.json", b"x", 64, "tokenizer.json"),
+    ("tokenizer.model", b"x", 64, "SentencePiece"),
   ],
 )
-def test_a_checkpoint_that_cannot_be_read(job, tmp_path, harm, code, said):
+def test_a_checkpoint_that_cannot_be_read(
+  job, tmp_path, file, content, code, words
+):
   folder = tmp_path / "model"
   jobs.shutil.copytree(job / f"runs/{ISA}/export", folder)
-  harm(folder)
+  if content:
+    (folder / file).write_bytes(content)
+  else:
+    (folder / file).unlink()
+  if file == "tokenizer.model":
+    (folder / "tokenizer.json").unlink()
   ended = jobs.run(tmp_path / "work", f"model.checkpoint={folder}")
-  assert ended.code == code and said in ended.err, ended
+  assert ended.code == code and words in ended.err, ended
   # The bytes of the weights are looked at when they are loaded.
   assert jobs.did(ended) == (["data", "embed"] if code == 65 else [])
   assert str(folder) in ended.err and ended.err.count("\n") == 1
@@ -376,31 +345,27 @@ def test_a_tokenizer_with_more_pieces_than_embeddings(job, tmp_path, shared):
   assert not jobs.did(ended)
 
 
-def test_a_checkpoint_of_other_sizes(job, tmp_path):
+@pytest.mark.parametrize(
+  "flags, words",
+  [
+    (
+      ("model.context=64", "eval.new_tokens=8"),
+      ("model.context=64", "the checkpoint's 32"),
+    ),
+    (("mesh.fsdp=2", "mesh.tensor=4"), ("config.mesh",)),
+  ],
+)
+def test_a_checkpoint_of_other_sizes(job, tmp_path, flags, words):
   folder = job / f"runs/{ISA}/export"
-  ended = jobs.run(
-    tmp_path / "a",
-    f"model.checkpoint={folder}",
-    "model.context=64",
-    "eval.new_tokens=8",
-  )
-  assert ended.code == 64 and "model.context=64" in ended.err
-  assert "the checkpoint's 32" in ended.err
-  ended = jobs.run(
-    tmp_path / "b", f"model.checkpoint={folder}", "mesh.fsdp=2", "mesh.tensor=4"
-  )
-  assert ended.code == 64 and "config.mesh" in ended.err
-
-
-# Whole jobs of other kinds.
+  ended = jobs.run(tmp_path, f"model.checkpoint={folder}", *flags)
+  assert ended.code == 64 and all(word in ended.err for word in words)
 
 
 @pytest.mark.slow
 def test_a_kto_job(tmp_path):
   """Pairs become unpaired rows; mismatched rows get their reference numbers."""
-  ended = jobs.run(
-    tmp_path, "train.batch_size=16", "compare=()", config="kto_sub.py:tiny"
-  )
+  flags = "train.batch_size=16", "compare=()"
+  ended = jobs.run(tmp_path, *flags, config="kto_sub.py:tiny")
   assert ended.code == 0, ended
   assert "pairs split into 320 answers for kto" in ended.out
   folder = tmp_path / "runs" / ISA
@@ -413,20 +378,10 @@ def test_a_kto_job(tmp_path):
     f"{up} liked answers and {32 - up} disliked: a row of the first weighs "
     f"{weight[0]:.3f}, of the second {weight[1]:.3f}"
   ) in ended.out
-  first = jobs.lines(folder / "metrics.jsonl")[0]
-  assert (
-    min(
-      abs(
-        first["train/preference_loss"]
-        - (weight[0] * k + weight[1] * (16 - k)) / 32
-      )
-      for k in range(17)
-    )
-    < 1e-5
-  )
-  again = jobs.run(
-    tmp_path, "train.batch_size=16", "compare=()", config="kto_sub.py:tiny"
-  )
+  loss = jobs.lines(folder / "metrics.jsonl")[0]["train/preference_loss"]
+  wanted = np.arange(17) * weight[0] + np.arange(16, -1, -1) * weight[1]
+  assert np.abs(loss - wanted / 32).min() < 1e-5
+  again = jobs.run(tmp_path, *flags, config="kto_sub.py:tiny")
   assert again.code == 0 and not jobs.did(again)
 
 
@@ -461,17 +416,7 @@ def test_unpaired_of_one_label_end_in_a_whole_report(tmp_path):
 @pytest.mark.slow
 def test_a_file_of_pairs_without_a_known_truth(tmp_path):
   """No world: no win rate; accuracy, KL and samples are there."""
-  rng = np.random.default_rng(0)
-  rows = [
-    dict(
-      prompt=f"tell me of {i} ",
-      chosen=f"it is {i} and good",
-      rejected=f"no {rng.integers(99)} at all",
-    )
-    for i in range(200)
-  ]
-  path = tmp_path / "x.jsonl"
-  path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+  path = jobs.write_pairs(tmp_path / "x.jsonl", 200)
   ended = jobs.run(
     tmp_path / "work", f"data.source={path}", "select.budget=0.2"
   )

@@ -10,42 +10,35 @@ import types
 from conftest import ROOT
 import jax
 import jobs
+from models import make_mesh, sized
 import numpy as np
 import pytest
 
 from configs import common
 from jaxalign import pipeline
-from jaxalign.core import devices, sharding
+from jaxalign.core import devices
 from jaxalign.core.errors import ConfigError
 from jaxalign.embed import over_pool as passes
 from jaxalign.model import decoder, memory
 from jaxalign.select import choose
 from jaxalign.study import plan
-from jaxalign.study import run as study  # noqa: F401
+from jaxalign.study.arms import arms_of
 from jaxalign.train import optim, step
 
-M = decoder.ModelConfig(
-  layers=3,
-  width=32,
-  heads=4,
-  kv_heads=2,
-  head_size=8,
-  ff=40,
-  vocab=48,
-  context=16,
-  tied=False,
-)
+M = sized(3, 32, 4, 2, 8, 40, 48, 16, tied=False)
 
 
 def on_one_device(tree):
   return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
 
 
+def held_by(m, mesh, rows=16, length=16, chunk=8):
+  return memory.train_step(m, mesh, memory.StepShape(rows, length, chunk))
+
+
 def test_memory_of_the_state_is_what_a_device_holds():
-  mesh = sharding.make_mesh(dict(fsdp=4, tensor=2))
-  held = memory.train_step(
-    M, mesh, memory.StepShape(rows=16, length=16, chunk=8)
-  )
+  mesh = make_mesh(4, 2)
+  held = held_by(M, mesh)
   tx = optim.make_optimizer(clip=1.0, weight_decay=0.0, b2=0.98)
   with jax.set_mesh(mesh):
     params = decoder.init(jax.random.key(0), M)
@@ -57,19 +50,9 @@ def test_memory_of_the_state_is_what_a_device_holds():
 
 
 def test_memory_of_a_step_by_hand():
-  m = decoder.ModelConfig(
-    layers=2,
-    width=4,
-    heads=2,
-    kv_heads=1,
-    head_size=2,
-    ff=3,
-    vocab=10,
-    context=16,
-    remat="full",
-  )
-  one = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
-  held = memory.train_step(m, one, memory.StepShape(rows=6, length=5, chunk=2))
+  m = sized(2, 4, 2, 1, 2, 3, 10, 16, remat="full")
+  held_of = lambda **change: held_by(m._replace(**change), make_mesh(), 6, 5, 2)
+  held = held_of()
   # A layer: q, o 4x4, k, v 4x2, three of 4x3, two norms of 4: 92. The table is
   # 10x4 and tied, the last norm 4.
   assert held["parameters"] == 4 * (2 * 92 + 44)
@@ -84,55 +67,31 @@ def test_memory_of_a_step_by_hand():
   assert (layer, head) == (9016, 2240)
   assert held["logits"] == 2 * 4 * 6 * 2 * 10
   assert held["workspace"] + held["logits"] == 9016
-  wide = memory.train_step(
-    m._replace(vocab=200), one, memory.StepShape(rows=6, length=5, chunk=2)
-  )
-  assert (
-    wide["workspace"] + wide["logits"]
-    == (2 * 4 * 6 * 2 * 200 + 8 * 800 + 960)
-    == 26560
-  )
+  wide, head = held_of(vocab=200), 2 * 4 * 6 * 2 * 200 + 8 * 800 + 960
+  assert wide["workspace"] + wide["logits"] == head == 26560
   # Rematerialisation keeps less and needs more at once.
-  kept = {
-    r: memory.train_step(
-      m._replace(remat=r), one, memory.StepShape(rows=6, length=5, chunk=2)
-    )
-    for r in decoder.REMAT
-  }
-  assert (
-    kept["none"]["activations"]
-    > kept["dots"]["activations"]
-    > kept["full"]["activations"]
-  )
-  assert kept["none"]["workspace"] < kept["full"]["workspace"]
-  half = memory.train_step(
-    m._replace(dtype="bfloat16"),
-    one,
-    memory.StepShape(rows=6, length=5, chunk=2),
-  )
+  none, dots, full = (held_of(remat=r) for r in ("none", "dots", "full"))
+  assert none["activations"] > dots["activations"] > full["activations"]
+  assert none["workspace"] < full["workspace"]
+  half = held_of(dtype="bfloat16")
   assert half["activations"] == held["activations"] // 2
   assert half["parameters"] == held["parameters"]
 
 
 def test_the_mesh_divides_memory():
-  sizes = dict(rows=16, length=16, chunk=8)
-  held = {
-    shape: memory.train_step(
-      M,
-      sharding.make_mesh(
-        dict(fsdp=shape[0], tensor=shape[1]),
-        jax.devices()[: shape[0] * shape[1]],
-      ),
-      memory.StepShape(**sizes),
-    )
-    for shape in ((1, 1), (4, 1), (4, 2))
-  }
+  one, four, eight = (
+    held_by(M, make_mesh(*shape)) for shape in ((1, 1), (4, 1), (4, 2))
+  )
   whole = 4 * decoder.parameter_count(M)
   norms = 4 * M.width * (2 * M.layers + 1)  # on every device
-  assert held[1, 1]["parameters"] == whole
-  assert held[4, 1]["parameters"] == (whole - norms) // 4 + norms
-  assert held[4, 2]["parameters"] == (whole - norms) // 8 + norms
-  assert held[4, 1]["activations"] == held[1, 1]["activations"] // 4
+  assert one["parameters"] == whole
+  assert four["parameters"] == (whole - norms) // 4 + norms
+  assert eight["parameters"] == (whole - norms) // 8 + norms
+  assert four["activations"] == one["activations"] // 4
+
+
+def a_device(kind):
+  return types.SimpleNamespace(device_kind=kind)
 
 
 @pytest.mark.parametrize(
@@ -140,36 +99,28 @@ def test_the_mesh_divides_memory():
   [("TPU v5 lite", 16), ("TPU v5", 95), ("TPU v6 lite", 32), ("cpu", None)],
 )
 def test_the_memory_of_a_device(kind, size):
-  device = types.SimpleNamespace(device_kind=kind)
+  device = a_device(kind)
   assert devices.memory_of(device) == (size and size * 2**30)
   device.memory_stats = lambda: dict(bytes_limit=7)
   assert devices.memory_of(device) == 7
 
 
 def test_what_cannot_fit_is_refused_with_its_parts():
-  gib = 2**30
-  held = dict(
-    parameters=4 * gib,
-    gradients=4 * gib,
-    optimizer=8 * gib,
-    activations=2 * gib,
-    logits=gib,
-    workspace=gib,
+  names = "parameters gradients optimizer activations logits workspace".split()
+  held = {n: k * 2**30 for n, k in zip(names, (4, 4, 8, 2, 1, 1))}
+  small = a_device("TPU v5 lite")  # 16 GiB
+  words = (
+    r"about 20.0 GiB a device \(parameters 4.0 GiB, .* a TPU v5 lite has "
+    "16.0 GiB; raise config.mesh.fsdp"
   )
-  small = types.SimpleNamespace(device_kind="TPU v5 lite")  # 16 GiB
-  with pytest.raises(
-    ConfigError,
-    match=(
-      r"about 20.0 GiB a device \(parameters 4.0 GiB, .* a TPU v5 lite has "
-      "16.0 GiB; raise config.mesh.fsdp"
-    ),
-  ):
+  with pytest.raises(ConfigError, match=words):
     memory.check_fits(held, small)
   memory.check_fits(held, small, force=True)
-  memory.check_fits(held | dict(optimizer=6 * gib), small)  # half the estimate
+  half = held | dict(optimizer=6 * 2**30)  # of the estimate
+  memory.check_fits(half, small)
   with pytest.raises(ConfigError):
-    memory.check_fits(held | dict(optimizer=6 * gib + 1), small)
-  memory.check_fits(held, types.SimpleNamespace(device_kind="cpu"))
+    memory.check_fits(half | dict(optimizer=6 * 2**30 + 1), small)
+  memory.check_fits(held, a_device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -186,25 +137,18 @@ def test_what_cannot_fit_is_refused_with_its_parts():
   ],
 )
 def test_the_rate_of_a_device(kind, rate):
-  device = types.SimpleNamespace(device_kind=kind)
-  assert devices.sustained_flops(device) == pytest.approx(rate, rel=0.003)
+  found = devices.sustained_flops(a_device(kind))
+  assert found == pytest.approx(rate, rel=0.003)
 
 
 def dry_run(folder, *flags):
-  """What a dry run says, what it leaves in its folder."""
-  folder.mkdir()
-  workdir = folder / "work"
-  workdir.mkdir()
+  """Starts a dry run of the small world in a folder of its own."""
+  (folder / "work").mkdir(parents=True)
+  command = "-m jaxalign.main --config=configs/dpo_sub.py:smoke --dry_run"
   return subprocess.Popen(
     [
-      sys.executable,
-      "-m",
-      "jaxalign.main",
-      "--config=configs/dpo_sub.py:smoke",
-      f"--workdir={workdir}",
-      "--config.compile_cache=",
-      "--dry_run",
-      *flags,
+      *(sys.executable, *command.split(), f"--workdir={folder}/work"),
+      *("--config.compile_cache=", *flags),
     ],
     cwd=ROOT,
     text=True,
@@ -215,37 +159,22 @@ def dry_run(folder, *flags):
 
 
 @pytest.fixture(scope="module")
-def said(tmp_path_factory):
+def plans(tmp_path_factory):
   """The output of two dry runs: the built-in world, and a file of pairs."""
   folder = tmp_path_factory.mktemp("plan")
-  source = folder / "pairs.jsonl"
-  source.write_text(
-    "".join(
-      json.dumps(
-        dict(
-          prompt=f"question {i} " + "word " * (i % 7),
-          chosen=f" yes, answer {i}",
-          rejected=f" no, never {i}",
-        )
-      )
-      + "\n"
-      for i in range(400)
-    )
+  source = jobs.write_pairs(folder / "pairs.jsonl", 400)
+  flags = (
+    f"--config.data.source={source}",
+    "--config.select.budget=0.5",
+    "--config.compare=('random',)",
   )
   runs = dict(
-    world=dry_run(folder / "world"),
-    file=dry_run(
-      folder / "file",
-      f"--config.data.source={source}",
-      "--config.select.budget=0.5",
-      "--config.compare=('random',)",
-    ),
+    world=dry_run(folder / "world"), file=dry_run(folder / "file", *flags)
   )
   out = {}
   for name, process in runs.items():
-    text = process.communicate(timeout=120)[0]
-    assert process.returncode == 0, text
-    out[name] = text
+    out[name] = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, out[name]
     # Nothing computed, so nothing written: neither there nor at home.
     assert [p for p in (folder / name).rglob("*") if p.is_file()] == []
     assert list((folder / name / "work").iterdir()) == []
@@ -262,8 +191,8 @@ def stages_of(text):
   }
 
 
-def test_a_dry_run_prints_the_whole_job(said):
-  text = said["world"]
+def test_a_dry_run_prints_the_whole_job(plans):
+  text = plans["world"]
   stages = stages_of(text)
   assert list(stages)[:4] == ["sft", "embed", "mixture", "baseline"]
   for arm in ("isa-0.1-seed0", "random-0.1-seed0", "all-1-seed0"):
@@ -300,23 +229,16 @@ def test_a_dry_run_prints_the_whole_job(said):
     text,
   )
   assert "choosing by random-0.1: " in text and "(select), about" in text
-  for words in (
-    "nothing computed",
-    "memory a device",
-    "parameters",
-    "optimizer",
-    "activations",
-    "GFLOP/s",
-    "'fsdp': 8",
-  ):
-    assert words in text
+  words = "nothing computed|memory a device|parameters|optimizer|activations"
+  for word in f"{words}|GFLOP/s|'fsdp': 8".split("|"):
+    assert word in text
 
 
-def test_a_dry_run_of_a_file_counts_its_rows(said):
-  stages = stages_of(said["file"])
+def test_a_dry_run_of_a_file_counts_its_rows(plans):
+  stages = stages_of(plans["file"])
   assert not any(name.startswith("align all") for name in stages)
   # 400 pairs: a quarter for the reference, three fifths to choose from.
-  split = dict(re.findall(r"([\d,]+) (sft|pool|held_out)", said["file"]))
+  split = dict(re.findall(r"([\d,]+) (sft|pool|held_out)", plans["file"]))
   split = {name: int(n.replace(",", "")) for n, name in split.items()}
   assert sum(split.values()) == 400
   assert abs(split["pool"] - 240) < 30
@@ -332,15 +254,16 @@ def a_job(sampler, compare=(), **knobs):
   for name, value in knobs.items():
     section, _, knob = name.partition("__")
     c[section].update({knob: value})
-  mesh = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
-  job = pipeline.make_job(c, mesh, "nowhere")
-  return job, study.arms_of(c)
+  return pipeline.make_job(c, make_mesh(), "nowhere"), arms_of(c)
 
 
-ROWS, TOKENS = (
-  dict(sft=200, pool=160, held_out=40),
-  dict.fromkeys(("sft", "pool", "held_out"), 14.0),
-)
+ROWS = dict(sft=200, pool=160, held_out=40)
+TOKENS = dict.fromkeys(ROWS, 14.0)
+SIZES = plan.Sizes(ROWS, TOKENS)
+
+
+def planned(job, arms):
+  return {(x.stage, x.arm): x for x in plan.plan_lines(job, arms, SIZES)}
 
 
 def test_stages_that_samplers_read_are_planned_by_hand():
@@ -350,7 +273,7 @@ def test_stages_that_samplers_read_are_planned_by_hand():
     proxy__models=6,
     ask__context=384,
   )
-  found = {(x.stage, x.arm): x for x in plan.lines(job, arms, ROWS, TOKENS)}
+  found = planned(job, arms)
   # Width 32, one layer, 2 heads of 16, 64 between; 512 pieces.
   layer = 2 * (4 * 32 * 32 + 3 * 32 * 64)
   row = lambda t, logits: layer * t + 4 * 32 * t * t + 2 * 32 * 512 * logits
@@ -409,7 +332,7 @@ def test_a_choice_runs_where_its_sampler_does(monkeypatch):
   rows = ROWS | dict(pool=200_000)
   seconds = lambda job, arms: {
     x.arm: x.seconds
-    for x in plan.lines(job, arms, rows, TOKENS)
+    for x in plan.plan_lines(job, arms, plan.Sizes(rows, TOKENS))
     if x.stage == "select"
   }
   rest = 200_000 * (choose.SECONDS_A_ROW + 2 * 4 * 32 / choose.READING)
@@ -435,20 +358,13 @@ def test_a_choice_runs_where_its_sampler_does(monkeypatch):
 
 def test_a_closed_form_is_fitted_once():
   """Of ten starts and the card's refits each is the same."""
-  count = lambda job, arms: {
-    x.stage: x for x in plan.lines(job, arms, ROWS, TOKENS)
-  }
-  mixture = dict(starts=10, components="2")
-  many = count(
-    *a_job("isa", select__mixture=mixture, select__stability_seeds=3)
-  )
-  once = count(
-    *a_job(
-      "isa",
-      select__mixture=mixture | dict(components="labels"),
-      select__stability_seeds=3,
-    )
-  )
+
+  def count(components):
+    mixture = dict(starts=10, components=components)
+    knobs = dict(select__mixture=mixture, select__stability_seeds=3)
+    return {x.stage: x for x in plan.plan_lines(*a_job("isa", **knobs), SIZES)}
+
+  many, once = count("2"), count("labels")
   # All rows, and the half that is scored on the other.
   assert (many["mixture"].count, once["mixture"].count) == (10 * 5, 2)
   assert many["select"].flops == 4 * once["select"].flops > 0
@@ -460,7 +376,7 @@ def test_a_word_for_a_number_is_named_before_anything_runs():
     ConfigError,
     match="'dpp' cannot work with its keywords .*; set config.select.kwargs",
   ):
-    plan.lines(job, arms, ROWS, TOKENS)
+    plan.plan_lines(job, arms, SIZES)
 
 
 def test_a_choice_of_days_is_refused_before_anything_is_embedded(
@@ -481,11 +397,11 @@ def test_a_choice_of_days_is_refused_before_anything_is_embedded(
   )
   made = sorted(p.name for p in (tmp_path / "work/shared").iterdir())
   assert made == ["data"]  # no model was trained, no row embedded
-  said = run("--dry_run")
-  assert said.code == 0 and "a job refuses so long a choice" in said.out
-  monkeypatch.setattr(choose.vectors, "HOURS", hours * 1.001)
-  said = run("--dry_run")
-  assert said.code == 0 and "refuses" not in said.out
+  for factor, refuses in ((1 / 1.001, True), (1.001, False)):
+    monkeypatch.setattr(choose.vectors, "HOURS", hours * factor)
+    ended = run("--dry_run")
+    words = "a job refuses so long a selection"
+    assert ended.code == 0 and (words in ended.out) == refuses
 
 
 @pytest.mark.parametrize("layers", [0, 1])
@@ -496,7 +412,7 @@ def test_one_pass_is_planned_by_what_each_stage_adds(layers):
     model__layers=2,
     embed__layers=layers,
   )
-  found = {(x.stage, x.arm): x for x in plan.lines(job, arms, ROWS, TOKENS)}
+  found = planned(job, arms)
   layer = 2 * 14 * (4 * 32 * 32 + 3 * 32 * 64) + 4 * 32 * 14 * 14
   head = 2 * 32 * 512 * 14
   wanted = dict(embed=2 * layer + head, answer=0, residual=2 * head)
@@ -506,9 +422,7 @@ def test_one_pass_is_planned_by_what_each_stage_adds(layers):
   assert got == {s: 320 * x for s, x in wanted.items()}
   # What an arm alone would take, and not what others have left of it.
   alone = lambda arm: {
-    x.stage: x.flops
-    for x in plan._choosing(job, arm, ROWS, TOKENS)
-    if not x.arm
+    x.stage: x.flops for x in plan._selecting(job, arm, SIZES) if not x.arm
   }
   whole = 320 * (2 * layer + 3 * head)
   assert sum(alone(arms[0]).values()) == whole
@@ -520,23 +434,20 @@ def test_one_pass_is_planned_by_what_each_stage_adds(layers):
   assert rows == dict(crossfit=False, real=bool(layers), implicit_margin=False)
 
 
-def test_a_reward_model_and_small_proxies_are_planned(tmp_path):
-  (tmp_path / "config.json").write_text(
-    json.dumps(
-      dict(
-        architectures=["BertForSequenceClassification"],
-        model_type="bert",
-        hidden_size=8,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=12,
-        vocab_size=9,
-        max_position_embeddings=40,
-        id2label={"0": "reward"},
-      )
-    )
+def test_a_reward_model_is_planned(tmp_path):
+  config = dict(
+    architectures=["BertForSequenceClassification"],
+    model_type="bert",
+    hidden_size=8,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=12,
+    vocab_size=9,
+    max_position_embeddings=40,
+    id2label={"0": "reward"},
   )
+  (tmp_path / "config.json").write_text(json.dumps(config))
   job, arms = a_job("external_margin", rewards__checkpoint=str(tmp_path))
-  found = {(x.stage, x.arm): x for x in plan.lines(job, arms, ROWS, TOKENS)}
   layer = 2 * (4 * 8 * 8 + 2 * 8 * 12) * 14 + 4 * 8 * 14 * 14
-  assert found["rewards", ""].flops == 320 * (2 * layer + 2 * 8 * 8 + 2 * 8)
+  wanted = 320 * (2 * layer + 2 * 8 * 8 + 2 * 8)
+  assert planned(job, arms)["rewards", ""].flops == wanted

@@ -84,7 +84,7 @@ def test_the_log_and_the_page_say_how_rows_were_read(tmp_path):
   ended, _ = select(tmp_path, rows)
   assert ended.code == 0, ended
   for words in (
-    "read as chat_pairs (row 1 has chosen, rejected); 40 rows kept of 41",
+    "read as pairs (row 1 has prompt, chosen, rejected); 40 rows kept of 41",
     "prompt -> the prompt; chosen -> the chosen answer",
     "not read: note (text)",
     "refused: 1 of 41 rows",
@@ -107,7 +107,7 @@ def test_a_dry_run_of_a_selection_ends_with_the_reading(tmp_path):
   path = put(tmp_path / "a.jsonl", [pair(i) for i in range(50)])
   ended, folder = select(tmp_path, path, "--dry_run")
   assert ended.code == 0 and not folder.exists()
-  assert "read as explicit_pairs" in ended.out
+  assert "read as pairs" in ended.out
   assert "row 1, id" in ended.out and "  rejected   bad" in ended.out
   assert "choosing by random" in ended.out and "align random" not in ended.out
 
@@ -308,7 +308,7 @@ def test_several_sources_of_a_config(tmp_path):
   two = put(tmp_path / "y.jsonl", [pair(i) for i in range(30, 50)])
   ended, folder = select(tmp_path, f"['{one}', '{two}']", "data.caps=(10, 0)")
   assert ended.code == 0, ended
-  assert "x.jsonl: read as explicit_pairs" in ended.out
+  assert "x.jsonl: read as pairs" in ended.out
   assert "10 rows kept of 30" in ended.out and "20 rows kept of 20" in ended.out
   assert "20 rows left out by config.data.caps" in ended.out
   sources = tables.read_column(folder / "pool.parquet", "source")

@@ -48,11 +48,11 @@ def test_a_hundred_real_rows_from_file_to_answers(tmp_path, shared):
     "--config.model.context=192",
     f"--config.model.checkpoint={model}",
   )
-  assert "read as implicit_pairs" in said and "refused: " in said
+  assert "read as pairs" in said and "refused: " in said
   assert "<|im_start|>user\\n" in said  # the rows, as their tokens decode
   assert "SmolLM, trained by Hugging Face" in said  # what the template adds
   kept = records.load_records(str(subset))
-  assert kept.schema == "chat_pairs" and len(kept.rows) == 16
+  assert kept.schema == "pairs" and len(kept.rows) == 16
 
   work = tmp_path / "tuned"
   said = run(

@@ -228,19 +228,17 @@ def test_several_sources_with_caps_and_weights(tmp_path):
   two = put(
     tmp_path / "b.jsonl",
     [
-      dict(
-        prompt=[dict(role="user", content=f"q{i}")], chosen="yes", rejected="no"
-      )
+      dict(system="", question=f"q{i}", chosen="yes", rejected="no")
       for i in range(20)
     ],
   )
   loaded = load([one, two])
   assert [(r.source, r.schema, r.kept, r.seen) for r in loaded.readings] == [
-    (one, "explicit_pairs", 40, 40),
-    (two, "chat_pairs", 20, 20),
+    (one, "pairs", 40, 40),
+    (two, "orca_dpo", 20, 20),
   ]
   assert {row["source"] for row in loaded.rows} == {one, two}
-  assert loaded.schema == "explicit_pairs, chat_pairs"
+  assert loaded.schema == "pairs, orca_dpo"
   count = lambda **kw: [r.kept for r in load([one, two], **kw).readings]
   assert count(caps=(10, 0)) == [10, 20]
   assert count(weights=(1, 1)) == [20, 20]
@@ -384,7 +382,7 @@ def test_too_many_bad_rows_stop_the_run(tmp_path):
     load(source, max_bad_fraction=0.49)
   source = put(tmp_path / "b.jsonl", rows[6:])
   with pytest.raises(DataError):  # none left, whatever is allowed
-    load(source, schema="explicit_pairs", max_bad_fraction=1.0)
+    load(source, schema="pairs", max_bad_fraction=1.0)
   with pytest.raises(DataError, match="none of the first 3"):
     load(put(tmp_path / "c.jsonl", ["{", "{", "{"]))
 
@@ -392,14 +390,10 @@ def test_too_many_bad_rows_stop_the_run(tmp_path):
 def test_schema_by_name_by_shape_and_of_a_fork(tmp_path):
   late = put(tmp_path / "a.jsonl", ["{", dict(prompt=None), pair(1), pair(2)])
   loaded = load(late)
-  assert (loaded.schema, loaded.kind, loaded.seen) == (
-    "explicit_pairs",
-    "pairs",
-    4,
-  )
+  assert (loaded.schema, loaded.kind, loaded.seen) == ("pairs", "pairs", 4)
   with pytest.raises(DataError, match="question"):
     load(put(tmp_path / "b.jsonl", [dict(question="?")]))
-  with pytest.raises(ConfigError, match="explicit_pairs"):
+  with pytest.raises(ConfigError, match="pairs"):
     load(late, schema="explicit_pear")
   own = put(
     tmp_path / "c.jsonl",
@@ -540,7 +534,7 @@ def test_the_card_counts(tmp_path):
   assert summary["rows_by_split"] == {k: len(v) for k, v in parts.items()}
   assert sum(summary["rows_by_split"].values()) == 101 == summary["kept"]
   assert summary["refused_by_reason"] == {"empty response": 1}
-  assert (summary["schema"], summary["duplicates"]) == ("explicit_pairs", 0)
+  assert (summary["schema"], summary["duplicates"]) == ("pairs", 0)
 
 
 @pytest.mark.parametrize(
@@ -549,18 +543,18 @@ def test_the_card_counts(tmp_path):
     # Counted apart, in loops over the raw files.
     (
       "hh-harmless/pairs.jsonl.gz",
-      "implicit_pairs",
+      "pairs",
       1794,
       {"empty response": 4, "prompts differ": 2},
     ),
     (
       "ultrafeedback/pairs.jsonl.gz",
-      "explicit_pairs",
+      "pairs",
       994,
       {"chosen equals rejected": 4, "empty response": 2},
     ),
-    ("llamafactory/dpo_en_demo.json", "chat_pairs", 300, {}),
-    ("llamafactory/kto_en_demo.json", "chat_unpaired", 300, {}),
+    ("llamafactory/dpo_en_demo.json", "pairs", 300, {}),
+    ("llamafactory/kto_en_demo.json", "unpaired", 300, {}),
     ("oasst/en_100_tree.jsonl", "trees", 754, {}),
   ],
 )
@@ -685,7 +679,7 @@ def test_real_scores(shared):
         chosen_score="metadata.score_chosen",
         rejected_score="metadata.score_rejected",
       ),
-      "explicit_pairs",
+      "pairs",
       994,
       {"chosen equals rejected": 4, "empty response": 2},
     ),

@@ -93,9 +93,8 @@ def test_prompt_weights_see_no_answer(mesh):
   on = np.zeros((5, 1, LENGTH), bool)
   for i, p in enumerate(prompts):
     flat[i, 0, : len(p)], on[i, 0, len(p) - 1] = p, True
-  x = passes.pool_rows(
-    mesh, frozen.params, MODEL, token_rows(flat, on), pooling="mean", tile=2
-  )
+  prompts, how = token_rows(flat, on), passes.PassOptions(tile=2)
+  x = passes.score_rows(mesh, frozen.params, MODEL, prompts, how).embedding
   np.testing.assert_allclose(
     weights, row_columns.density_ratios(x, rows.label), rtol=1e-4
   )

@@ -15,7 +15,7 @@ ISA = "isa-0.1-seed0"
 
 def same(work):
   """The job in `work` ended as an undisturbed one."""
-  assert not jobs.differences(jobs.outcome(jobs.finished()), jobs.outcome(work))
+  jobs.check_same(work)
   for folder in ("shared/sft", f"runs/{ISA}"):
     wanted = jobs.parameters(jobs.finished() / folder)
     found = jobs.parameters(work / folder)
@@ -70,6 +70,14 @@ def at_write(monkeypatch, at, act):
 
 def stop(*_):
   raise jobs.Stop
+
+
+def signalled(number):
+  return lambda: signal.raise_signal(number)
+
+
+def saves_at(monkeypatch, at, act):
+  return at_call(monkeypatch, checkpoints.Checkpoints, "save", at, act)
 
 
 def test_a_second_run_does_nothing_says_so_and_is_fast(tmp_path):
@@ -147,13 +155,8 @@ def test_a_signal_in_training_saves_and_stops(
   work = request.getfixturevalue(f"before_{stage}")
   # It comes while the first checkpoint's metrics are read; the step after
   # it is saved, though no checkpoint is due there.
-  at_call(
-    monkeypatch,
-    loop,
-    "divide",
-    2,
-    lambda: signal.raise_signal(getattr(signal, number)),
-  )
+  act = signalled(getattr(signal, number))
+  at_call(monkeypatch, loop, "divide", 2, act)
   ended = jobs.run(work)
   assert ended.code == code and jobs.did(ended) == [stage]
   assert "run the same command" in ended.err and ended.err.count("\n") == 1
@@ -165,13 +168,7 @@ def test_a_signal_in_training_saves_and_stops(
 
 
 def test_a_signal_in_the_last_step_is_not_lost(before_sft, monkeypatch):
-  at_call(
-    monkeypatch,
-    checkpoints.Checkpoints,
-    "save",
-    3,
-    lambda: signal.raise_signal(signal.SIGTERM),
-  )
+  saves_at(monkeypatch, 3, signalled(signal.SIGTERM))
   assert jobs.run(before_sft).code == 75
   monkeypatch.undo()
   ended = jobs.run(before_sft)
@@ -185,7 +182,7 @@ def test_a_second_ctrl_c_does_not_wait(before_sft, monkeypatch):
     signal.raise_signal(signal.SIGINT)
 
   at_call(monkeypatch, loop, "divide", 1, twice)
-  saves = at_call(monkeypatch, checkpoints.Checkpoints, "save", 0, None)
+  saves = saves_at(monkeypatch, 0, None)
   assert jobs.run(before_sft).code == 130 and not saves
   monkeypatch.undo()
   assert jobs.run(before_sft).code == 0
@@ -194,9 +191,7 @@ def test_a_second_ctrl_c_does_not_wait(before_sft, monkeypatch):
 
 def test_another_config_does_not_go_on_from_a_killed_run(tmp_path, monkeypatch):
   """The checkpoints of a killed sft belong to its learning rate."""
-  at_call(
-    monkeypatch, loop, "divide", 2, lambda: signal.raise_signal(signal.SIGTERM)
-  )
+  at_call(monkeypatch, loop, "divide", 2, signalled(signal.SIGTERM))
   assert jobs.run(tmp_path, "sft.lr=0.5").code == 75
   monkeypatch.undo()
   ended = jobs.run(tmp_path)
@@ -256,20 +251,17 @@ def test_a_damaged_compile_cache_costs_time_alone(tmp_path):
     path.write_bytes([bytes(data), bytes(data[: len(data) // 3]), b""][k % 3])
   ended = jobs.wait(jobs.start(tmp_path / "work", f"compile_cache={cache}"))
   assert ended.code == 0, ended
-  assert {
-    name.split("/")[-1]
-    for name in jobs.differences(
-      jobs.outcome(jobs.finished()), jobs.outcome(tmp_path / "work")
-    )
-  } == {"config.json"}  # which names the cache
+  wanted, found = jobs.outcome(jobs.finished()), jobs.outcome(tmp_path / "work")
+  names = {n.split("/")[-1] for n in jobs.differences(wanted, found)}
+  assert names == {"config.json"}  # which names the cache
 
 
 @pytest.mark.slow
 def test_a_relative_workdir_is_one_too(tmp_path, monkeypatch):
   """The README's command has one; orbax alone wants absolute paths."""
-  wanted = jobs.outcome(jobs.finished())
+  jobs.finished()
   monkeypatch.chdir(tmp_path)
   ended = jobs.run("runs/here")
   assert ended.code == 0, ended
-  assert not jobs.differences(wanted, jobs.outcome(tmp_path / "runs/here"))
+  jobs.check_same(tmp_path / "runs/here")
   assert "nothing was computed" in jobs.run("runs/here").out

@@ -15,6 +15,7 @@ from jaxalign.core import sharding
 from jaxalign.core.errors import ConfigError, DataError
 from jaxalign.data import tokens
 from jaxalign.embed import questions, row_scores
+from jaxalign.embed.passes import PassOptions
 from jaxalign.model import encoder, reward, weights
 from jaxalign.model.flops import reward_flops
 from jaxalign.model.parameters import check_mesh
@@ -105,7 +106,7 @@ def test_rewards_are_the_logits_of_transformers(kind, shape, tmp_path):
   check_mesh(layout.rows, mesh)
   with jax.set_mesh(mesh):
     params = weights.load_weights(tmp_path, layout, mesh)
-    got = row_scores.reward_rows(mesh, params, r, rows, tile=2)
+    got = row_scores.reward_rows(mesh, params, r, rows, PassOptions(2))
   wanted = theirs(model, rows, kind)
   np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
   assert np.ptp(wanted) > 0.5  # rows differ by more than an error

@@ -699,9 +699,8 @@ def test_the_start_is_ln_2_and_one_half(name, mesh):
   batch = dict(real_batch(responses))
 
   def score(tokens, mask):
-    scores = passes.score_rows(
-      mesh, on_mesh(mesh), MODEL, token_rows(tokens, mask), tile=4, chunk=5
-    )
+    rows, how = token_rows(tokens, mask), passes.PassOptions(4, 5)
+    scores = passes.score_rows(mesh, on_mesh(mesh), MODEL, rows, how)
     np.testing.assert_array_equal(scores.count, mask.sum(-1).ravel())
     return scores.logp.reshape(-1, responses)
 

@@ -124,7 +124,7 @@ def gaps(a, b, names):
 
 def reference(mesh, m, params, tokens, shape):
   """(sums, counts) by the scoring pass, as the stage stores them."""
-  found = passes.score_rows(mesh, params, m, tokens, tile=8, chunk=64)
+  found = passes.score_rows(mesh, params, m, tokens, passes.PassOptions(8, 64))
   return found.logp.reshape(shape), found.count.reshape(shape)
 
 

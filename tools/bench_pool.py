@@ -4,9 +4,10 @@ r"""Selection from large pools: time and memory a row, and growth of samplers.
   python tools/bench_pool.py laws --limit=60 --count=2
 
 `memory` writes made-up pairs of short texts, runs `python -m jaxalign.select`
-on them in a process of its own and prints its seconds, and the peaks of its
-anonymous and file-backed memory (/proc/<pid>/status, every 20 ms). For `isa`
-the embedding is made up, not computed: what is measured is the selection.
+on them in a process of its own and prints its seconds (those of its CPUs are
+compared), and the peaks of its anonymous and file-backed memory
+(/proc/<pid>/status, every 20 ms). An embedding is made up, not computed: what
+is measured is the selection.
 `laws` times every sampler on rows that are held, with a tenth of them to keep:
 the best of --count, so that from two on nothing that is compiled counts.
 """
@@ -25,7 +26,10 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 WIDTH = 384
 LIMIT = 4096  # MiB of anonymous memory that a selection may take
-ISA = (  # a reference that is hardly trained, and made-up embeddings
+DEDUP = "dedup(threshold=0.95) | random"
+SAMPLERS = ("random", "length", "crossfit_lite", DEDUP, "isa")
+READS_EMBEDDING = (DEDUP, "isa")
+EMBEDDED = (  # a reference that is hardly trained, and made-up embeddings
   "--config.sft.updates=2",
   "--config.model.layers=1",
   f"--config.model.width={WIDTH}",
@@ -35,16 +39,15 @@ import sys
 import numpy as np
 from jaxalign.cli import select
 from jaxalign.embed import passes as embed
-def made(mesh, params, m, rows, outputs, *, parts, tick, **_):
-  number = parts[0]
+def made(mesh, params, m, rows, outputs, options):
+  number = options.by_process[0]
   rng = np.random.default_rng(int(number[0]))
   x = rng.standard_normal((len(number), m.width), np.float32)
   x *= np.float32(1 / np.sqrt(1 + np.arange(m.width)))
   x[number % 3 == 0] += 0.5
-  tick(len(number))
+  options.tick(len(number))
   return dict.fromkeys(outputs, x[:, 0]) | dict(embedding=x)
-if "--config.select.sampler=isa" in sys.argv:
-  embed.pass_rows = made
+embed.pass_rows = made
 sys.exit(select.main(sys.argv))
 """
 
@@ -87,64 +90,72 @@ def _memory(pid: int) -> dict[str, float]:
   }
 
 
-def _run(source: pathlib.Path, sampler: str, folder: pathlib.Path) -> dict:
+def _run(source: pathlib.Path, sampler: str, work: pathlib.Path) -> dict:
   """One selection: its seconds, and the peaks of its memory."""
+  log_path = work.with_suffix(".log")
   command = [
     *(sys.executable, "-c", CHILD, f"--config={ROOT}/configs/select.py"),
     f"--config.select.sampler={sampler}",
     f"--config.data.source={source}",
     "--config.select.budget=0.05",
-    f"--output={folder}/{sampler}.parquet",
-    *(ISA if sampler == "isa" else ()),
+    f"--output={work}.subset.parquet",
+    f"--workdir={work}",
+    *(EMBEDDED if sampler in READS_EMBEDDING else ()),
   ]
   peak, start = {"RssAnon": 0.0, "RssFile": 0.0}, time.monotonic()
   env = os.environ | dict(JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT))
-  with open(folder / f"{sampler}.log", "w", encoding="utf-8") as log:
+  with open(log_path, "w", encoding="utf-8") as log:
     child = subprocess.Popen(command, env=env, stdout=log, stderr=log)
-    while child.poll() is None:
+    ended = 0
+    while not ended:
       for name, value in _memory(child.pid).items():
         peak[name] = max(peak[name], value)
       time.sleep(0.02)
-  if child.returncode:
-    raise SystemExit((folder / f"{sampler}.log").read_text()[-3000:])
-  return peak | dict(seconds=time.monotonic() - start)
+      ended, code, used = os.wait4(child.pid, os.WNOHANG)
+  if code:
+    raise SystemExit(log_path.read_text()[-3000:])
+  return peak | dict(
+    seconds=time.monotonic() - start, cpu=used.ru_utime + used.ru_stime
+  )
 
 
 def memory(args) -> None:
-  """A table of both sizes; ends with 1 where one is above the limits."""
+  """A table of both sizes; ends with 1 where one is above the limits.
+
+  The samplers of a size share a workdir, so the first alone reads the rows;
+  what it takes is counted to each of the others.
+  """
   print(
     f"load {os.getloadavg()[0]:.1f}, {os.cpu_count()} cores\n\n"
-    "| sampler | rows | seconds | microseconds a row | anonymous MiB, peak | "
-    "file-backed MiB, peak |\n|---|---|---|---|---|---|"
+    "| sampler | rows | seconds | CPU seconds | CPU microseconds a row, rows "
+    "read | anonymous MiB, peak | file-backed MiB, peak |\n"
+    "|---|---|---|---|---|---|---|"
   )
   bad = []
   with tempfile.TemporaryDirectory(dir=args.folder or None) as scratch:
-    scratch, each = pathlib.Path(scratch), {}
+    folder, each = pathlib.Path(scratch), {}
     for n in args.rows:
-      source = scratch / f"{n}.parquet"
+      source, reading = folder / f"{n}.parquet", 0.0
       write_pairs(source, n)
-      for sampler in args.only or SAMPLERS:
-        folder = scratch / f"{n}-{len(each)}"
-        folder.mkdir()
-        found = _run(source, sampler, folder)
-        each[sampler, n] = 1e6 * found["seconds"] / n
+      for sampler in ("random", *(args.only or SAMPLERS[1:])):
+        found = _run(source, sampler, folder / f"{n}")
+        each[sampler, n] = 1e6 * (found["cpu"] + reading) / n
+        reading = reading or found["cpu"]
         print(
-          f"| {sampler} | {n:,} | {found['seconds']:.0f} | "
-          f"{each[sampler, n]:.0f} | {found['RssAnon']:.0f} | "
-          f"{found['RssFile']:.0f} |",
+          f"| {sampler.replace('|', chr(92) + '|')} | {n:,} "
+          f"| {found['seconds']:.0f} | {found['cpu']:.0f} "
+          f"| {each[sampler, n]:.0f} | {found['RssAnon']:.0f} "
+          f"| {found['RssFile']:.0f} |",
           flush=True,
         )
         if args.keep:
-          print((folder / f"{sampler}.log").read_text())
+          print((folder / f"{n}.log").read_text())
         if found["RssAnon"] > LIMIT:
           bad.append(f"{sampler} at {n:,}: memory")
         if each[sampler, n] > 1.5 * each[sampler, args.rows[0]]:
           bad.append(f"{sampler} at {n:,}: time a row")
   print("\nabove the limits: " + ("; ".join(bad) or "nothing"))
   raise SystemExit(bool(bad))
-
-
-SAMPLERS = ("random", "length", "dedup", "crossfit_lite", "isa")
 
 
 def laws(args) -> None:

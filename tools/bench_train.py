@@ -1,4 +1,4 @@
-r"""Alignment beside TRL: speed on real pairs, and peak memory.
+r"""Alignment next to TRL: speed on real pairs, and peak memory.
 
   python tools/bench.py train --data=<pairs.jsonl.gz>          # speed, 5 M
   python tools/bench.py train --data=... --size=25m --pairs=32
@@ -91,31 +91,27 @@ def prepare(args, folder: pathlib.Path) -> None:
   merged = (np.array(apart) != both).any(1)
   fits = np.flatnonzero((both.max(1) <= args.context) & ~merged)
   chosen = np.random.default_rng(0).permutation(fits)[: args.pairs]
-  print(
+  line(
     f"{len(rows)} pairs, {int(merged.sum())} whose answers merge with the "
     f"prompt left out, {len(fits)} of at most {args.context} tokens; "
-    f"{len(chosen)} of them are used",
-    flush=True,
+    f"{len(chosen)} of them are used"
   )
   used = [{k: kept[i][k] for k in TEXTS} for i in chosen]
   (folder / "pairs.json").write_text(json.dumps(used))
-  shape = SIZES[args.size]
+  shape = {**SIZES[args.size]}
   vocab = args.vocab or -(-tok.vocab_size // 64) * 64
-  m = decoder.ModelConfig(
-    kv_heads=shape["heads"],
-    head_size=64,
-    vocab=vocab,
-    context=args.context,
-    **shape,
-  )
+  shape |= dict(kv_heads=shape["heads"], head_size=64)
+  m = decoder.ModelConfig(**shape, vocab=vocab, context=args.context)
   mesh = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
   with jax.set_mesh(mesh):
     params = decoder.init(jax.random.key(0), m)
     hf.export_folder(folder / "export", params, m, tok)
-  print(
-    f"Llama of {decoder.parameter_count(m):,} parameters, vocabulary {vocab}",
-    flush=True,
-  )
+  count = decoder.parameter_count(m)
+  line(f"Llama of {count:,} parameters, vocabulary {vocab}")
+
+
+def line(text: str) -> None:
+  print(text, flush=True)
 
 
 def serve(turn) -> None:
@@ -166,13 +162,9 @@ def ours(args) -> None:
   mesh = sharding.make_mesh(dict(fsdp=-1, tensor=1))
   with jax.set_mesh(mesh):
     params = hf.load_folder(folder / "export", m, mesh)
-    rows = feed.TrainRows(
-      [str(i) for i in range(n)],
-      encoded,
-      np.arange(2 * n).reshape(n, 2),
-      np.zeros((n, 2), np.float32),
-      np.ones((n, 2), np.float32),
-    )
+    ids, row_of = [str(i) for i in range(n)], np.arange(2 * n).reshape(n, 2)
+    unit = np.ones((n, 2), np.float32)
+    rows = feed.TrainRows(ids, encoded, row_of, 0 * unit, unit)
 
     def score():
       frozen = Reference(mesh, params, m, tile=32, chunk=64)
@@ -309,27 +301,17 @@ class Child:
 
   def __init__(self, name: str, args, folder: str, micro: int):
     self.name, self.micro = name, micro
-    flags = [f"--{k}={getattr(args, k)}" for k in ("context", "batch", "size")]
+    own = dict(system=name, workdir=folder, micro=micro)
+    own |= {k: getattr(args, k) for k in ("context", "batch", "size")}
+    env = dict(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+    env |= dict(JAX_PLATFORMS="cpu", TOKENIZERS_PARALLELISM="false")
     self.process = subprocess.Popen(
-      [
-        sys.executable,
-        __file__,
-        f"--system={name}",
-        f"--workdir={folder}",
-        f"--micro={micro}",
-        *flags,
-      ],
+      [sys.executable, __file__, *(f"--{k}={v}" for k, v in own.items())],
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       stderr=open(f"{folder}/errors.txt", "a"),
       text=True,
-      env=os.environ
-      | dict(
-        HF_HUB_OFFLINE="1",
-        HF_DATASETS_OFFLINE="1",
-        JAX_PLATFORMS="cpu",
-        TOKENIZERS_PARALLELISM="false",
-      ),
+      env=os.environ | env,
     )
     self.first = None
 
@@ -359,11 +341,10 @@ def settings(args) -> None:
   versions = ", ".join(
     f"{n} {about.version(n)}" for n in ("jax", "torch", "transformers", "trl")
   )
-  print(
-    f"{versions}; {os.cpu_count()} cores; float32; batch {args.batch} "
-    f"pairs; AdamW, clip 1, rate 1e-6; TRL: gradient checkpointing off, "
-    f"sdpa, its own chunked log-probabilities",
-    flush=True,
+  line(
+    f"{versions}; {os.cpu_count()} cores; float32; batch {args.batch} pairs; "
+    "AdamW, clip 1, rate 1e-6; TRL: gradient checkpointing off, sdpa, its own "
+    "chunked log-probabilities"
   )
 
 
@@ -374,11 +355,8 @@ def best_micro(name: str, args, folder: str) -> int:
     child = Child(name, args, folder, micro).ready()
     found[micro] = child.turn()["cpu"]
     child.end()
-  print(
-    f"{name}: CPU seconds by pairs on the device at once: "
-    + ", ".join(f"{args.batch // k}: {v:.1f}" for k, v in found.items()),
-    flush=True,
-  )
+  times = ", ".join(f"{args.batch // k}: {v:.1f}" for k, v in found.items())
+  line(f"{name}: CPU seconds by pairs on the device at once: {times}")
   return min(found, key=found.get)
 
 
@@ -395,7 +373,7 @@ def speed(args, folder: str) -> None:
   for _ in range(args.count):
     for child in children:
       results[child.name].append(child.turn())
-      print(child.name, json.dumps(results[child.name][-1]), flush=True)
+      line(f"{child.name} {json.dumps(results[child.name][-1])}")
   seen = {n: r[0]["tokens"] for n, r in results.items()}
   if len(set(seen.values())) > 1:
     raise SystemExit(f"systems saw different tokens: {seen}")
@@ -405,41 +383,32 @@ def speed(args, folder: str) -> None:
     for key in ("wall", "cpu")
   }
   peers = [n for n in list(TRL)[:2] if n in results]
-  print(
-    f"\n{total:,} tokens an epoch; load {os.getloadavg()[0]:.1f}\n\n"
-    "| system | tokens/s | CPU s an epoch | CPU s, reference once | "
-    + " | ".join(f"{n}: CPU, wall" for n in peers)
-    + " |\n|"
-    + "---|" * (4 + len(peers))
-  )
+  heads = ["system", "tokens/s", "CPU s an epoch", "CPU s, reference once"]
+  heads += [f"{n}: CPU, wall" for n in peers]
+  line(f"\n{total:,} tokens an epoch; load {os.getloadavg()[0]:.1f}\n")
+  line(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
   for name in results:
     wall, cpu = base["wall"][name], base["cpu"][name]
     ratios = (
       f"{base['cpu'][n] / cpu:.2f} x, {base['wall'][n] / wall:.2f} x"
       for n in peers
     )
-    print(
-      f"| {name} | {total / wall:,.0f} | {cpu:.1f} | "
-      f"{results[name][0]['once']:.1f} | {' | '.join(ratios)} |",
-      flush=True,
-    )
+    once = results[name][0]["once"]
+    cells = name, f"{total / wall:,.0f}", f"{cpu:.1f}", f"{once:.1f}", *ratios
+    line(f"| {' | '.join(cells)} |")
   last = list(OURS)[-1]
   for epochs in (1, 3) if last in results else ():
     mine = base["cpu"][last] * epochs + results[last][0]["once"]
     times = (f"{epochs * base['cpu'][n] / mine:.2f} x {n}" for n in peers)
-    print(
-      f"- {epochs} epoch(s), the reference pass counted, CPU time: "
-      + ", ".join(times)
-    )
+    words = f"- {epochs} epoch(s), the reference pass counted, CPU time:"
+    line(f"{words} {', '.join(times)}")
   for c in children:
     extra = f"{args.batch // c.micro} pairs at once"
     if "shapes" in c.first:
       extra = f"{c.first['shapes']} shapes"
     above = results[c.name][-1]["peak"] - c.first["idle"]
-    print(
-      f"- {c.name}: ready after {c.first['ready']:.0f} s, {extra}, peak "
-      f"{above:,.0f} MiB above idle"
-    )
+    ready = f"ready after {c.first['ready']:.0f} s"
+    line(f"- {c.name}: {ready}, {extra}, peak {above:,.0f} MiB above idle")
     c.end()
 
 
@@ -450,11 +419,8 @@ def memory(args, folder: str) -> None:
     child = Child(name, args, folder, 1).ready()
     last = child.turn()
     child.end()
-    print(
-      f"| {name} | {child.first['idle']:,.0f} | "
-      f"{last['peak'] - child.first['idle']:,.0f} |",
-      flush=True,
-    )
+    idle = child.first["idle"]
+    line(f"| {name} | {idle:,.0f} | {last['peak'] - idle:,.0f} |")
   print(f"{last['tokens']:,} tokens in {args.pairs} pairs")
 
 
@@ -467,16 +433,12 @@ def main(argv) -> None:
   p.add_argument("--size", default="5m", choices=list(SIZES))
   p.add_argument("--memory", action="store_true", help="peaks, no speed")
   p.add_argument("--only", default="", help="parts of systems' names, a|b")
+  words = "TRL's accumulations to choose the fastest from"
   p.add_argument(
-    "--micros",
-    type=int,
-    nargs="+",
-    default=[1, 2, 4, 8],
-    help="TRL's accumulations to choose the fastest from",
+    "--micros", type=int, nargs="+", default=[1, 2, 4, 8], help=words
   )
-  for name, default in dict(
-    pairs=64, batch=16, micro=1, context=512, vocab=0, count=3
-  ).items():
+  numbers = dict(pairs=64, batch=16, micro=1, context=512, vocab=0, count=3)
+  for name, default in numbers.items():
     p.add_argument(f"--{name}", type=int, default=default)
   for name in ("system", "workdir"):
     p.add_argument(f"--{name}", default="")

@@ -14,7 +14,7 @@ exits: every end of a job has its exit code, with more jobs than cores at once,
 half of them with one OpenMP thread: on a busy machine the threads of a library
 may outlive the interpreter. Nothing may be left in a temporary folder.
 
-memory: what --dry_run plans beside VmHWM, above that of an interpreter that
+memory: what --dry_run plans next to VmHWM, above that of an interpreter that
 has imported jax, of configs/dpo_sub.py:smoke (`world`) or of a checkpoint
 trained for 8 updates of 4 rows, by adapters (`lora`) or whole (`full`).
 """
@@ -38,16 +38,12 @@ from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # What two runs never agree on; pages hold times and commands.
-TIMES = (
-  "time",
-  "perf/tokens_per_s",
-  "perf/rows_per_s",
-  "perf/distinct_tokens_per_s",
-)
+RATES = ("tokens", "rows", "distinct_tokens")
+TIMES = ("time", *(f"perf/{name}_per_s" for name in RATES))
 PAGES = ("report.html", "summary.json", ".lock")
 RUN = (
   "import sys\n{hook}\nfrom {module} import main as command\n"
-  "from jaxalign.cli import main\nmain.start(command)\n"
+  "from jaxalign.cli.exits import start\nstart(command)\n"
 )
 
 
@@ -71,7 +67,23 @@ def start(
   )
 
 
-# Killed.
+def _without_times(path: pathlib.Path) -> bytes:
+  """The bytes of a file that two runs have in common."""
+  data = path.read_bytes()
+  if path.name == "metrics.jsonl":
+    lines = [json.loads(line) for line in data.splitlines()]
+    lines = [{k: line[k] for k in line if k not in TIMES} for line in lines]
+    return json.dumps(lines).encode()
+  if path.parent.name != "records":
+    return data
+  record = json.loads(data)
+  for name in ("seconds", "bytes"):
+    record["cost"].pop(name)
+  for name in ("outputs", "digest"):
+    record.pop(name, None)
+  if record["stage"] == "select":  # memory as it was measured
+    record["result"] = None
+  return json.dumps(record).encode()
 
 
 def outcome(workdir: str | os.PathLike) -> dict[str, str]:
@@ -83,33 +95,15 @@ def outcome(workdir: str | os.PathLike) -> dict[str, str]:
   workdir, found = pathlib.Path(workdir), {}
   for path in sorted(workdir.rglob("*")):
     name = path.relative_to(workdir).as_posix()
-    if path.is_dir() or "/checkpoints/" in name or path.name in PAGES:
-      continue
-    data = path.read_bytes()
-    if path.name == "metrics.jsonl":
-      lines = [json.loads(line) for line in data.splitlines()]
-      lines = [
-        {k: v for k, v in line.items() if k not in TIMES} for line in lines
-      ]
-      data = json.dumps(lines).encode()
-    elif path.parent.name == "records":
-      record = json.loads(data)
-      record["cost"].pop("seconds"), record["cost"].pop("bytes")
-      record.pop("outputs"), record.pop("digest", None)
-      if record["stage"] == "select":  # memory as it was measured
-        record["result"] = None
-      data = json.dumps(record).encode()
-    found[name] = hashlib.sha256(data).hexdigest()
+    if not (path.is_dir() or "/checkpoints/" in name or path.name in PAGES):
+      found[name] = hashlib.sha256(_without_times(path)).hexdigest()
   return found
 
 
 def differences(wanted: dict[str, str], found: dict[str, str]) -> list[str]:
   """The paths in which two outcomes differ."""
-  return [
-    name
-    for name in sorted(wanted.keys() | found.keys())
-    if wanted.get(name) != found.get(name)
-  ]
+  names = sorted(wanted.keys() | found.keys())
+  return [name for name in names if wanted.get(name) != found.get(name)]
 
 
 def _last_stage(text: str) -> str:
@@ -153,11 +147,8 @@ def _killed_at(
 
 def kill(args: argparse.Namespace, root: pathlib.Path) -> int:
   """Prints a row for each killed job; how many did not end as they should."""
-  flags = [
-    f"--config={args.config}",
-    f"--config.compile_cache={root}/cache",
-    *args.flag,
-  ]
+  cache = f"--config.compile_cache={root}/cache"
+  flags = [f"--config={args.config}", cache, *args.flag]
   for name in ("warm", "undisturbed"):  # the first one compiles
     began = time.monotonic()
     process = start([f"--workdir={root}/{name}", *flags])
@@ -177,53 +168,46 @@ def kill(args: argparse.Namespace, root: pathlib.Path) -> int:
   for k in range(3 * args.count):
     moment, own = rng.uniform(0, whole), root / str(k)
     own.mkdir()
-    stage, runs, trouble = _killed_at(
-      moment, [f"--workdir={own}/work", *flags], own
-    )
+    command = [f"--workdir={own}/work", *flags]
+    stage, runs, trouble = _killed_at(moment, command, own)
     if not stage:  # the machine is quicker now than it was
       whole = min(whole, moment)
       continue
     differs = trouble or ", ".join(differences(wanted, outcome(own / "work")))
     killed, wrong = killed + 1, wrong + bool(differs)
-    print(
-      f"| {killed} | {moment:.1f} s | {stage} | {runs} | "
-      f"{differs or 'nothing'} |",
-      flush=True,
-    )
+    cells = killed, f"{moment:.1f} s", stage, runs, differs or "nothing"
+    print(f"| {' | '.join(map(str, cells))} |", flush=True)
     if killed == args.count:
       break
-  print(
-    f"\n{killed} jobs killed, {killed - wrong} ended as the undisturbed one"
-  )
+  good = killed - wrong
+  print(f"\n{killed} jobs killed, {good} ended as the undisturbed one")
   return wrong + bool(bad) + args.count - killed
-
-
-# Ended in every way.
 
 
 class Kind(NamedTuple):
   """A way to end: the code it must give, and what brings it about."""
 
   code: int
-  flags: tuple[str, ...] = ("select.budget=40",)
+  flags: tuple[str, ...] = ("select.budget=40",)  # enough rows for it
   hook: str = ""  # Python that runs first
   number: int = 0  # a signal, sent while the data stage runs
 
 
 FAIL = (
-  "from jaxalign.data import prepare\nreal = prepare.make_data\n"
+  "from jaxalign.data import build_data\nreal = build_data.make_data\n"
   "def make(*a, **k):\n  real(*a, **k)\n  raise ZeroDivisionError\n"
-  "prepare.make_data = make\n"
+  "build_data.make_data = make\n"
 )
+ROOM = "select.budget=40"
 KINDS = {
   "good end": Kind(0),
-  "good end, dry run": Kind(0, ("--dry_run", "select.budget=40")),
+  "good end, dry run": Kind(0, ("--dry_run", ROOM)),
   "config error at once": Kind(64, ("select.sampler=isaa",)),
   "config error after the data": Kind(64, ("select.budget=1000",)),
   "data error after reading": Kind(65, ("data.source={bad}",)),
   "data error, .jsonl": Kind(65, ("data.source={bad_lines}",)),
   "cannot write": Kind(
-    73, ("select.budget=40", "--output={file}/x.parquet", "--workdir={work}")
+    73, (ROOM, "--output={file}/x.parquet", "--workdir={work}")
   ),
   "SIGTERM": Kind(75, number=signal.SIGTERM),
   "SIGINT": Kind(130, number=signal.SIGINT),
@@ -236,25 +220,20 @@ def prepare(folder: pathlib.Path) -> dict[str, str]:
   import pyarrow as pa
   import pyarrow.parquet as pq
 
-  def rows(bad=0):
-    return [
-      dict(
-        prompt=f"tell me of {i} ",
-        chosen=f"it is {i}, and that is good" if i >= bad else "",
-        rejected=f"no {i}",
-      )
-      for i in range(60)
-    ]
+  def row(i, bad):
+    chosen = f"it is {i}, and that is good" if i >= bad else ""
+    return dict(prompt=f"tell me of {i} ", chosen=chosen, rejected=f"no {i}")
 
-  names = dict(
+  good, bad = ([row(i, n) for i in range(60)] for n in (0, 50))
+  files = dict(
     good="good.parquet", bad="bad.parquet", bad_lines="bad.jsonl", file="file"
   )
-  paths = {k: str(folder / name) for k, name in names.items()}
-  pq.write_table(pa.Table.from_pylist(rows()), paths["good"])
-  pq.write_table(pa.Table.from_pylist(rows(50)), paths["bad"])
-  lines = "".join(json.dumps(row) + "\n" for row in rows(50))
-  pathlib.Path(paths["bad_lines"]).write_text(lines, encoding="utf-8")
-  pathlib.Path(paths["file"]).write_text("no folder", encoding="utf-8")
+  paths = {k: str(folder / name) for k, name in files.items()}
+  pq.write_table(pa.Table.from_pylist(good), paths["good"])
+  pq.write_table(pa.Table.from_pylist(bad), paths["bad"])
+  lines = "".join(json.dumps(row) + "\n" for row in bad)
+  (folder / "bad.jsonl").write_text(lines, encoding="utf-8")
+  (folder / "file").write_text("no folder", encoding="utf-8")
   return paths
 
 
@@ -264,23 +243,16 @@ def end(
   """Runs one job to its end; its code (or what is wrong), and its output."""
   temporary = folder / "tmp"
   temporary.mkdir(parents=True)
-  knobs = [
-    f"data.source={paths['good']}",
-    "select.sampler=random",
-    "model.layers=1",
-    "model.width=32",
-    "model.heads=2",
-    "model.ff=64",
-    "train.batch_size=8",
-    *(flag.format(work=folder / "work", **paths) for flag in kind.flags),
-  ]
+  small = "layers=1 width=32 heads=2 ff=64".split()
+  knobs = [f"data.source={paths['good']}", "select.sampler=random"]
+  knobs += [f"model.{x}" for x in small] + ["train.batch_size=8"]
+  knobs += [f.format(work=folder / "work", **paths) for f in kind.flags]
   flags = [x if x.startswith("--") else f"--config.{x}" for x in knobs]
+  # The last of two outputs is the one that counts.
+  flags = [f"--output={folder}/subset.parquet", *flags]
+  flags = [f"--config={ROOT}/configs/select.py", *flags]
   env = dict(TMPDIR=str(temporary), JAX_PLATFORMS="cpu")
   env |= dict(OMP_NUM_THREADS="1") if single else {}
-  flags += [f"--output={folder}/subset.parquet"] * (
-    not any(x.startswith("--output") for x in flags)
-  )
-  flags = [f"--config={ROOT}/configs/select.py", *flags]
   module, out = "jaxalign.cli.select", []
   with start(flags, module=module, hook=kind.hook, env=env) as process:
     timer = threading.Timer(600, process.kill)
@@ -317,8 +289,6 @@ def exits(args: argparse.Namespace, root: pathlib.Path) -> int:
   return wrong
 
 
-# Memory.
-
 IDLE = "import jax; jax.devices()"
 COMMAND = (
   "import sys\nfrom {} import main as command\n"
@@ -352,15 +322,16 @@ def measure(
   module, flags = "main", ["--config=configs/dpo_sub.py:smoke"]
   if name != "world":
     module, flags = "train", ["--config=configs/dpo_sub.py"]
-    flags += [
-      f"--config.data.source={rows}",
-      f"--config.model.checkpoint={checkpoint}",
-      "--config.train.max_updates=8",
-      "--config.train.batch_size=4",
-      "--config.model.context=256",
-      "--config.loss.name=dpo(beta=0.1)",
-      f"--config.lora.rank={8 * (name == 'lora')}",
-    ]
+    knobs = {
+      "data.source": rows,
+      "model.checkpoint": checkpoint,
+      "model.context": 256,
+      "train.max_updates": 8,
+      "train.batch_size": 4,
+      "loss.name": "dpo(beta=0.1)",
+      "lora.rank": 8 * (name == "lora"),
+    }
+    flags += [f"--config.{knob}={value}" for knob, value in knobs.items()]
   flags += [*more, "--config.compile_cache="]
   code = COMMAND.format(f"jaxalign.cli.{module}")
   with tempfile.TemporaryDirectory() as folder:
@@ -374,15 +345,11 @@ def memory(args: argparse.Namespace, root: pathlib.Path) -> int:
   """Prints a line for each job."""
   del root
   print(f"{'job':<8}{'planned':>12}{'taken':>12}{'planned / taken':>18}")
+  files = [os.path.abspath(path) for path in (args.checkpoint, args.rows)]
   for name in args.jobs:
-    plan, took = measure(
-      name, os.path.abspath(args.checkpoint), os.path.abspath(args.rows)
-    )
-    print(
-      f"{name:<8}{plan / 2**20:>8,.0f} MiB{took / 2**20:>8,.0f} MiB"
-      f"{plan / took:>18.2f}",
-      flush=True,
-    )
+    plan, took = measure(name, *files)
+    sizes = [f"{n / 2**20:>8,.0f} MiB" for n in (plan, took)]
+    print(f"{name:<8}{''.join(sizes)}{plan / took:>18.2f}", flush=True)
   return 0
 
 

@@ -70,24 +70,24 @@ def tell(checkpoint: str, new: int, each: int) -> list[dict]:
   m = hf.read_config(checkpoint, "float32", "none")
   tok = tokenizer.load_tokenizer(checkpoint)
   mesh = sharding.make_mesh(dict(fsdp=-1, tensor=1))
-  asked = [p for p in beginnings() for _ in range(each)]
+  texts = [p for p in beginnings() for _ in range(each)]
   with jax.set_mesh(mesh):
     params = hf.load_folder(checkpoint, m, mesh)
-    prompts = [np.array(tok.encode(p, begins=True)) for p in asked]
+    prompts = [np.array(tok.encode(p, begins=True)) for p in texts]
     options = decode.GenerateOptions(
       new, tok.eos, tok.vocab_size, seed=1, tile=64
     )
-    said = decode.generate(mesh, params, m, prompts, options)
+    ids = decode.generate(mesh, params, m, prompts, options)
   return [
-    dict(prompt=p, text=tok.decode_response(s).rstrip())
-    for p, s in zip(asked, said)
+    dict(prompt=p, text=tok.decode_response(x).rstrip())
+    for p, x in zip(texts, ids)
   ]
 
 
-def pairs(told: list[dict]) -> list[dict]:
-  """Every happy end beside another end of the same beginning, in turn."""
+def pairs(stories: list[dict]) -> list[dict]:
+  """Every happy end with another end of the same beginning, in turn."""
   out, by_prompt = [], {}
-  for row in told:
+  for row in stories:
     by_prompt.setdefault(row["prompt"], []).append(row["text"])
   for prompt, texts in by_prompt.items():
     up = [t for t in texts if ends_happy(t)]
@@ -118,33 +118,28 @@ def main() -> None:
     disk.write_bytes(
       source, "".join(json.dumps(r) + "\n" for r in rows).encode()
     )
-  subprocess.run(
-    [
-      sys.executable,
-      "-m",
-      "jaxalign.main",
-      "--config=configs/dpo_sub.py",
-      f"--workdir={workdir / 'job'}",
-      f"--config.data.source={source}",
-      f"--config.model.checkpoint={args.checkpoint}",
-      "--config.model.context=256",
-      "--config.model.head_chunk=256",
-      "--config.data.split.sft=0.01",
-      "--config.data.split.pool=0.69",
-      "--config.data.split.held_out=0.3",
-      "--config.compare=()",
-      "--config.select.sampler=random",
-      "--config.select.budget=1.0",
-      f"--config.train.lr={args.lr}",
-      f"--config.loss.name=dpo(beta={args.beta})+{args.sft_weight}*sft",
-      f"--config.train.max_updates={args.updates}",
-      "--config.train.epochs=100",
-      "--config.embed.tile=16",
-      f"--config.eval.new_tokens={args.new}",
-    ],
-    cwd=ROOT,
-    check=True,
-  )
+  knobs = {
+    "data.source": source,
+    "model.checkpoint": args.checkpoint,
+    "model.context": 256,
+    "model.head_chunk": 256,
+    "data.split.sft": 0.01,
+    "data.split.pool": 0.69,
+    "data.split.held_out": 0.3,
+    "compare": "()",
+    "select.sampler": "random",
+    "select.budget": 1.0,
+    "train.lr": args.lr,
+    "loss.name": f"dpo(beta={args.beta})+{args.sft_weight}*sft",
+    "train.max_updates": args.updates,
+    "train.epochs": 100,
+    "embed.tile": 16,
+    "eval.new_tokens": args.new,
+  }
+  command = [sys.executable, "-m", "jaxalign.main"]
+  command += ["--config=configs/dpo_sub.py", f"--workdir={workdir / 'job'}"]
+  command += [f"--config.{knob}={value}" for knob, value in knobs.items()]
+  subprocess.run(command, cwd=ROOT, check=True)
   (arm,) = (workdir / "job" / "runs").iterdir()
   read = lambda folder: [
     json.loads(line)

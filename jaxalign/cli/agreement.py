@@ -21,9 +21,8 @@ from collections.abc import Sequence
 import re
 from typing import Any
 
-from absl import flags
-
-from jaxalign.cli import main as main_lib
+from jaxalign.cli.exits import guarded
+from jaxalign.cli.parse import parse_config, parse_flags
 from jaxalign.core import disk, progress
 from jaxalign.core.errors import ConfigError, WriteError
 from jaxalign.data import sources
@@ -57,17 +56,13 @@ _RATERS = 100  # shown one by one, those with most verdicts
 
 def parse(argv: list[str]) -> Any:
   """The flags; a wrong one raises ConfigError."""
-  values = flags.FlagValues()
-  flags.DEFINE_multi_string("data", [], _FILES, flag_values=values)
-  for name, words in _TEXT.items():
-    flags.DEFINE_string(name, None, words, flag_values=values)
-  for name, words in _LISTS.items():
-    flags.DEFINE_list(name, [], words, flag_values=values)
-  flags.DEFINE_bool("help", False, "Show the flags.", flag_values=values)
+  rows = [("multi_string", "data", [], _FILES)]
+  rows += [("string", name, None, words) for name, words in _TEXT.items()]
+  rows += [("list", name, [], words) for name, words in _LISTS.items()]
   config = [a for a in argv[1:] if re.match("--?config[.=]", a)]
-  main_lib.parse_plain(values, [a for a in argv if a not in config], __doc__)
+  values = parse_flags([a for a in argv if a not in config], __doc__, rows)
   if config:  # what no flag sets
-    data = main_lib._parse([argv[0], *config], __doc__).config.data.to_dict()
+    data = parse_config([argv[0], *config], __doc__).config.data.to_dict()
     source = data["source"]
     if source != "world" and not values.data:
       values.data = [source] if isinstance(source, str) else list(source)
@@ -212,4 +207,4 @@ def run(argv: list[str]) -> None:
 
 def main(argv: list[str]) -> int:
   """Returns the exit code; one line on stderr names the mistake."""
-  return main_lib.guarded(lambda: run(argv))
+  return guarded(lambda: run(argv))

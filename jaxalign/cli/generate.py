@@ -16,59 +16,53 @@ jaxalign.main.
 import json
 from typing import Any
 
-from jaxalign.cli import main as main_lib
-from jaxalign.core import disk
+from etils import epath
+import jax
+import numpy as np
+
+from jaxalign.cli.exits import guarded
+from jaxalign.cli.parse import parse_flags
+from jaxalign.core import disk, sharding
 from jaxalign.core.errors import ConfigError, DataError
+from jaxalign.core.hub import resolve
+from jaxalign.data.chat import Chat
+from jaxalign.data.chat_templates import template_source
+from jaxalign.data.schemas.schema import Refused
+from jaxalign.data.tokenizer import load_tokenizer
+from jaxalign.model import decode, decoder, hf
+
+FLAGS = (
+  ("string", "checkpoint", None, "A Hugging Face folder, or hf:<repo>[@rev]."),
+  ("string", "input", None, "A .txt (one prompt a line) or .jsonl of prompts."),
+  ("multi_string", "prompt", [], "A prompt; may be repeated."),
+  ("string", "output", None, "A .jsonl; without it, answers are printed."),
+  (
+    "string",
+    "template",
+    "auto",
+    "auto (the tokenizer's own where it has one), none (the bare text), a "
+    "built-in's name or the path of a .jinja file.",
+  ),
+  ("string", "dtype", "float32", "Of the matrix products; or bfloat16."),
+  ("integer", "new_tokens", 128, "Of one answer, at most."),
+  ("integer", "answers", 1, "Of each prompt, which is computed once."),
+  ("float", "temperature", 1.0, "0: the likeliest token."),
+  ("integer", "top_k", 0, "Only the k likeliest tokens; 0: all."),
+  ("float", "top_p", 1.0, "Only the likeliest tokens that together reach p."),
+  ("integer", "seed", 0, "Of the sampling."),
+  ("integer", "tile", 16, "Rows a device runs at once."),
+  ("integer", "fsdp", -1, "Mesh; -1: all devices left."),
+  ("integer", "tensor", 1, "Mesh; -1: all devices left."),
+)
 
 
-def parse(argv: list[str]) -> Any:
+def parse_generate(argv: list[str]) -> Any:
   """The flags; a wrong one raises ConfigError."""
-  from absl import flags
-
-  values = flags.FlagValues()
-  text = dict(
-    checkpoint=(None, "A Hugging Face folder, or hf:<repo>[@revision]."),
-    input=(None, "A .txt (one prompt a line) or .jsonl of prompts."),
-    output=(None, "A .jsonl to write; without it, answers are printed."),
-    template=(
-      "auto",
-      "auto (the tokenizer's own where it has one), none "
-      "(the bare text), a built-in's name or the path of a .jinja "
-      "file.",
-    ),
-    dtype=("float32", "Of the matrix products: float32 or bfloat16."),
-  )
-  number = dict(
-    new_tokens=(128, "Of one answer, at most."),
-    answers=(1, "Of each prompt, which is computed once."),
-    top_k=(0, "Only the k likeliest tokens; 0: all."),
-    seed=(0, "Of the sampling."),
-    tile=(16, "Rows a device runs at once."),
-    fsdp=(-1, "Mesh; -1: all devices left."),
-    tensor=(1, "Mesh; -1: all devices left."),
-  )
-  for name, (default, help_text) in text.items():
-    flags.DEFINE_string(name, default, help_text, flag_values=values)
-  for name, (default, help_text) in number.items():
-    flags.DEFINE_integer(name, default, help_text, flag_values=values)
-  flags.DEFINE_float(
-    "temperature", 1.0, "0: the likeliest token.", flag_values=values
-  )
-  flags.DEFINE_float(
-    "top_p",
-    1.0,
-    "Only the likeliest tokens that together reach p.",
-    flag_values=values,
-  )
-  flags.DEFINE_multi_string(
-    "prompt", [], "A prompt; may be repeated.", flag_values=values
-  )
-  flags.DEFINE_bool("help", False, "Show the flags.", flag_values=values)
-  main_lib.parse_plain(values, argv, __doc__)
+  values = parse_flags(argv, __doc__, FLAGS)
   if not values.checkpoint:
-    raise ConfigError("no model; say --checkpoint=<folder>")
+    raise ConfigError("no model; set --checkpoint=<folder>")
   if bool(values.prompt) == bool(values.input):
-    raise ConfigError("say either --prompt=... or --input=<file>")
+    raise ConfigError("set either --prompt=... or --input=<file>")
   for name in ("new_tokens", "tile", "answers"):
     if values[name].value < 1:
       raise ConfigError(f"--{name}={values[name].value}, wanted 1 or more")
@@ -81,81 +75,58 @@ def read_prompts(path: str) -> list[Any]:
   Raises:
     DataError: a line that is no prompt; names the file and the line.
   """
-  from etils import epath
-
   try:
     lines = epath.Path(path).read_text().splitlines()
   except (OSError, UnicodeDecodeError) as error:
     raise DataError(f"{path} cannot be read ({error}); set --input") from error
+  numbered = [(i, line) for i, line in enumerate(lines, 1) if line.strip()]
   if not path.endswith(".jsonl"):
-    return [line for line in lines if line.strip()]
+    return [line for _, line in numbered]
   out = []
-  for i, line in enumerate(lines, 1):
-    if not line.strip():
-      continue
+  for i, line in numbered:
     try:
       row = json.loads(line)
-      found = row.get("messages", row.get("prompt"))
+      prompt = row.get("messages", row.get("prompt"))
     except (ValueError, AttributeError) as error:
       raise DataError(f"{path}, line {i}: no JSON object ({error})") from error
-    good = (
-      isinstance(found, str)
-      and found
-      or (
-        isinstance(found, list)
-        and found
-        and all(
-          isinstance(m, dict)
-          and isinstance(m.get("role"), str)
-          and isinstance(m.get("content"), str)
-          for m in found
-        )
-      )
-    )
-    if not good:
+    if not prompt or not (isinstance(prompt, str) or _is_turns(prompt)):
       raise DataError(
         f"{path}, line {i}: wanted `prompt`, a text, or "
         "`messages`, a list of role and content"
       )
-    out.append(found)
+    out.append(prompt)
   return out
 
 
-def encode(tok: Any, prompts: list[Any], template: str) -> list[Any]:
+def _is_turns(found: Any) -> bool:
+  return isinstance(found, list) and all(
+    isinstance(turn, dict)
+    and isinstance(turn.get("role"), str)
+    and isinstance(turn.get("content"), str)
+    for turn in found
+  )
+
+
+def encode_prompts(tok: Any, prompts: list[Any], template: str) -> list[Any]:
   """Token ids of every prompt, BOS in front, the answer to follow.
 
   Raises:
     DataError: a prompt that the template refuses.
   """
-  import numpy as np
-
-  from jaxalign.data import chat
-  from jaxalign.data.chat_templates import template_source
-  from jaxalign.data.schemas.schema import Refused
-
-  turns = [
-    p if isinstance(p, list) else [dict(role="user", content=p)]
-    for p in prompts
-  ]
-  source = template_source(template, tok, conversational=True)
+  source, out = template_source(template, tok, conversational=True), []
   if source is None:
-    return [
-      np.array(
-        tok.encode(
-          p if isinstance(p, str) else "\n\n".join(m["content"] for m in p),
-          begins=True,
-        ),
-        np.int32,
-      )
-      for p in prompts
-    ]
-  out = []
-  with chat.Chat(tok, source) as said:
-    for text in said.warnings:
+    for p in prompts:
+      bare = isinstance(p, str)
+      text = p if bare else "\n\n".join(turn["content"] for turn in p)
+      out.append(np.array(tok.encode(text, begins=True), np.int32))
+    return out
+  with Chat(tok, source) as chat:
+    for text in chat.warnings:
       print(f"warning: {text}")
-    for i, asked in enumerate(turns, 1):
+    for i, p in enumerate(prompts, 1):
+      turns = [dict(role="user", content=p)] if isinstance(p, str) else p
       try:
-        ids = said.encode(asked, [])[0]
+        ids = chat.encode(turns, [])[0]
       except Refused as error:
         raise DataError(
           f"prompt {i}: the chat template will not have it "
@@ -166,82 +137,67 @@ def encode(tok: Any, prompts: list[Any], template: str) -> list[Any]:
   return out
 
 
-def shown(prompt: Any) -> str:
-  """A prompt on the terminal: its text, or the last turn's."""
-  return prompt if isinstance(prompt, str) else prompt[-1]["content"]
-
-
-def run(argv: list[str]) -> None:
-  """Everything after the first line of output."""
-  values = parse(argv)
-  import jax
-
-  from jaxalign.core import sharding
-  from jaxalign.core.hub import resolve
-  from jaxalign.data import tokenizer
-  from jaxalign.model import decode, decoder, hf
-
-  prompts = list(values.prompt) or read_prompts(values.input)
-  if not prompts:
-    raise DataError(f"{values.input} holds no prompt")
+def _generate(values: Any, prompts: list[Any]) -> list[dict[str, Any]]:
+  """A row for every answer."""
   sampling = decode.Sampling(values.temperature, values.top_k, values.top_p)
+  new, n = values.new_tokens, values.answers
   m = hf.read_config(values.checkpoint, values.dtype, "none")
   decode.check_sampling(sampling, m.vocab)
-  if values.new_tokens >= m.context:
+  if new >= m.context:
     raise ConfigError(
-      f"--new_tokens={values.new_tokens} leaves no room for a "
-      f"prompt in a context of {m.context}"
+      f"--new_tokens={new} leaves no room for a prompt in a context of "
+      f"{m.context}"
     )
   folder = resolve(values.checkpoint)
-  tok = tokenizer.load_tokenizer(folder)
-  asked = encode(tok, prompts, values.template)
-  for i, ids in enumerate(asked, 1):
-    if len(ids) + values.new_tokens > m.context:
+  tok = load_tokenizer(folder)
+  encoded = encode_prompts(tok, prompts, values.template)
+  for i, ids in enumerate(encoded, 1):
+    if len(ids) + new > m.context:
       raise DataError(
-        f"prompt {i} has {len(ids):,} tokens, which with "
-        f"{values.new_tokens} new ones do not fit a context of "
-        f"{m.context:,}; shorten it, or set --new_tokens"
+        f"prompt {i} has {len(ids):,} tokens, which with {new} new ones do "
+        f"not fit a context of {m.context:,}; shorten it, or set --new_tokens"
       )
   mesh = sharding.make_mesh(dict(fsdp=values.fsdp, tensor=values.tensor))
   decoder.check_model(m, mesh)
   with jax.set_mesh(mesh):
     options = decode.GenerateOptions(
-      values.new_tokens,
+      new,
       tok.stops,
       min(tok.vocab_size, m.vocab),
       sampling,
       seed=values.seed,
       tile=values.tile,
-      answers=values.answers,
+      answers=n,
     )
     params = hf.load_folder(folder, m, mesh)
-    said = decode.generate(mesh, params, m, asked, options)
-  rows, n = [], values.answers
-  for i, ids in enumerate(said):
+    answers = decode.generate(mesh, params, m, encoded, options)
+  rows = []
+  for i, ids in enumerate(answers):
     ended = bool(len(ids)) and int(ids[-1]) in tok.stops
-    rows.append(
-      dict(prompt=prompts[i // n])
-      | (dict(sample=i % n) if n > 1 else {})
-      | dict(
-        tokens=len(ids),
-        ended=ended,
-        answer=tok.decode_response(ids[: len(ids) - ended]),
-      )
-    )
+    row = dict(prompt=prompts[i // n]) | (dict(sample=i % n) if n > 1 else {})
+    text = tok.decode_response(ids[: len(ids) - ended])
+    rows.append(row | dict(tokens=len(ids), ended=ended, answer=text))
+  return rows
+
+
+def _run(argv: list[str]) -> None:
+  values = parse_generate(argv)
+  prompts = list(values.prompt) or read_prompts(values.input)
+  if not prompts:
+    raise DataError(f"{values.input} holds no prompt")
+  rows = _generate(values, prompts)
   if values.output:
-    disk.write_bytes(
-      values.output,
-      "".join(
-        json.dumps(row, ensure_ascii=False) + "\n" for row in rows
-      ).encode(),
-    )
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    disk.write_bytes(values.output, "".join(lines).encode())
     print(f"{len(rows):,} answers: {values.output}")
     return
   for row in rows:
-    print(f"--- {shown(row['prompt'])}")
+    prompt = row["prompt"]
+    last = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    print(f"--- {last}")
     print(row["answer"])
 
 
 def main(argv: list[str]) -> int:
   """Returns the exit code; one line on stderr says what went wrong."""
-  return main_lib.guarded(lambda: run(argv))
+  return guarded(lambda: _run(argv))

@@ -3,7 +3,7 @@ r"""Whole jobs side by side: worlds x seeds, each with a model of its own.
   python -m jaxalign.grid --config=configs/compare.py:smoke,nine \
     --worlds=natural,flips,junk --seeds=21,22,23,24,25 --workdir=runs/nine
 
-`jaxalign.cli.main` trains the arms of several seeds from one reference, on one
+`jaxalign.main` trains the arms of several seeds from one reference, on one
 world, and measures them on the same prompts. Here every seed has a world (or a
 split of the source), a reference and prompts of its own, so an interval over
 seeds speaks for those too. Each job is a process of its own with its share of
@@ -21,11 +21,34 @@ import sys
 import time
 from typing import Any, NamedTuple
 
-from jaxalign.cli import main as main_lib
-from jaxalign.core import disk
+from etils import epath
+import numpy as np
+
+from jaxalign.cli.exits import guarded
+from jaxalign.cli.parse import check_exists, parse_flags
+from jaxalign.core import disk, intervals
 from jaxalign.core.errors import ConfigError, DataError
+from jaxalign.core.progress import duration, say
+from jaxalign.data.tables import read_table
+from jaxalign.data.world import build_world, faults
+from jaxalign.eval.equivalence import ArmOutcomes, compare_arms
+from jaxalign.report import study_page, terminal
 
 NATURAL = "natural"
+FLAGS = (
+  ("string", "config", None, "Path of a config, with :variant."),
+  ("string", "workdir", None, "Where the jobs lie."),
+  ("list", "worlds", [NATURAL], "Variants of the config."),
+  ("list", "seeds", None, "Whole numbers."),
+  (
+    "integer",
+    "processes",
+    0,
+    "Jobs at once; 0: one a core, up to the number of jobs. On accelerators 1.",
+  ),
+  ("string", "baseline", "random", "The sampler others are compared with."),
+  ("bool", "run", True, "--norun: only the page, of the jobs that are there."),
+)
 
 
 class Cell(NamedTuple):
@@ -40,56 +63,20 @@ class Cell(NamedTuple):
     return f"{self.world}/seed{self.seed}"
 
 
-def parse(argv: list[str]) -> tuple[Any, list[str]]:
+def parse_grid(argv: list[str]) -> tuple[Any, list[str]]:
   """The flags, and those that every job is given."""
-  from absl import flags
-
-  values = flags.FlagValues()
-  flags.DEFINE_string(
-    "config", None, "Path of a config, with :variant.", flag_values=values
-  )
-  flags.DEFINE_string(
-    "workdir", None, "Where the jobs lie.", flag_values=values
-  )
-  flags.DEFINE_list(
-    "worlds", [NATURAL], "Variants of the config.", flag_values=values
-  )
-  flags.DEFINE_list("seeds", None, "Whole numbers.", flag_values=values)
-  flags.DEFINE_integer(
-    "processes",
-    0,
-    "Jobs at once; 0: one a core, up to "
-    "the number of jobs. On accelerators say 1.",
-    flag_values=values,
-  )
-  flags.DEFINE_string(
-    "baseline",
-    "random",
-    "The sampler that others are compared with.",
-    flag_values=values,
-  )
-  flags.DEFINE_bool(
-    "run",
-    True,
-    "--norun: only the page, of the jobs that are there.",
-    flag_values=values,
-  )
-  flags.DEFINE_bool("help", False, "Show the flags.", flag_values=values)
   passed = [a for a in argv[1:] if a.startswith("--config.")]
-  main_lib.parse_plain(values, [a for a in argv if a not in passed], __doc__)
+  own = [a for a in argv if a not in passed]
+  values = parse_flags(own, __doc__, FLAGS)
   for name in ("config", "workdir", "seeds"):
     if not values[name].value:
-      raise ConfigError(f"no {name}; say --{name}=...")
+      raise ConfigError(f"no {name}; set --{name}=...")
   for name in values.worlds:
     if not re.fullmatch(r"\w+", name):
       raise ConfigError(f"--worlds: {name!r} is no name of a variant")
   if not all(re.fullmatch(r"\d+", s) for s in values.seeds):
     raise ConfigError(f"--seeds={','.join(values.seeds)}, wanted whole numbers")
-  if not os.path.exists(values.config.partition(":")[0]):
-    raise ConfigError(
-      f"config file {values.config.partition(':')[0]!r} does "
-      "not exist; set --config"
-    )
+  check_exists(values.config)
   return values, passed
 
 
@@ -105,97 +92,86 @@ def cells_of(values: Any) -> list[Cell]:
 def command_of(values: Any, passed: list[str], cell: Cell) -> list[str]:
   """The command of one job."""
   path, _, variant = values.config.partition(":")
-  variants = [v for v in variant.split(",") if v]
-  if cell.world != NATURAL:
-    variants.append(cell.world)
-  joined = f"{path}:{','.join(variants)}" if variants else path
-  k = cell.seed
+  own = "" if cell.world == NATURAL else cell.world
+  variants = ",".join(v for v in (*variant.split(","), own) if v)
   return [
-    sys.executable,
-    "-u",
-    "-m",
-    "jaxalign.main",
-    f"--config={joined}",
+    *(sys.executable, "-u", "-m", "jaxalign.main"),
+    f"--config={path}:{variants}" if variants else f"--config={path}",
     "--config.seeds=1",
-    f"--config.seed={k}",
-    f"--config.data.seed={k}",
+    f"--config.seed={cell.seed}",
+    f"--config.data.seed={cell.seed}",
     *passed,
     f"--workdir={values.workdir}/{cell.folder}",
   ]
 
 
-def run(values: Any, passed: list[str], cells: list[Cell]) -> dict[Cell, int]:
+def run_cells(
+  values: Any, passed: list[str], cells: list[Cell]
+) -> dict[Cell, int]:
   """Runs the jobs that are not finished; returns exit codes other than 0."""
-  from jaxalign.core import progress
-
-  cores = (
-    sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
-  )
+  known = hasattr(os, "sched_getaffinity")
+  cores = sorted(os.sched_getaffinity(0)) if known else [0]
   many = min(values.processes or len(cores), len(cells))
-  share = max(1, len(cores) // many)
+  each = max(1, len(cores) // many)
   waiting, running, failed, times = list(cells), {}, {}, []
-  done = 0
   while waiting or running:
     while waiting and len(running) < many:
       cell = waiting.pop(0)
       place = next(i for i in range(many) if i not in running)
-      folder = os.path.join(values.workdir, cell.folder)
-      os.makedirs(folder, exist_ok=True)
-      with open(f"{folder}/log.txt", "wb") as log:
-        mine = cores[place * share : (place + 1) * share]
-        process = subprocess.Popen(
-          command_of(values, passed, cell), stdout=log, stderr=subprocess.STDOUT
-        )
-        if many > 1 and mine and hasattr(os, "sched_setaffinity"):
-          try:  # before it has threads: those inherit
-            os.sched_setaffinity(process.pid, mine)
-          except ProcessLookupError:  # ended at once; its code says why
-            pass
+      own = cores[place * each : (place + 1) * each] if many > 1 else []
+      process = _start(values, passed, cell, own if known else [])
       running[place] = cell, process, time.monotonic()
     time.sleep(0.2)
     for place, (cell, process, start) in list(running.items()):
       if process.poll() is None:
         continue
       del running[place]
-      done += 1
-      took = time.monotonic() - start
-      times.append(took)
-      left = sum(times) / len(times) * (len(cells) - done) / many
+      times.append(time.monotonic() - start)
+      left = np.mean(times) * (len(cells) - len(times)) / many
       word = "done"
       if process.returncode:
         failed[cell] = process.returncode
         last = _last_line(f"{values.workdir}/{cell.folder}/log.txt")
         word = f"failed with {process.returncode}: {last}"
-      progress.say(
-        f"{cell.folder}: {word} in {progress.duration(took)} "
-        f"({done} of {len(cells)}, about "
-        f"{progress.duration(left)} left)"
+      say(
+        f"{cell.folder}: {word} in {duration(times[-1])} "
+        f"({len(times)} of {len(cells)}, about {duration(left)} left)"
       )
   return failed
+
+
+def _start(
+  values: Any, passed: list[str], cell: Cell, cores: list[int]
+) -> subprocess.Popen:
+  folder = os.path.join(values.workdir, cell.folder)
+  os.makedirs(folder, exist_ok=True)
+  with open(f"{folder}/log.txt", "wb") as log:
+    process = subprocess.Popen(
+      command_of(values, passed, cell), stdout=log, stderr=subprocess.STDOUT
+    )
+  if cores:
+    try:  # before it has threads: those inherit
+      os.sched_setaffinity(process.pid, cores)
+    except ProcessLookupError:  # ended at once; its code says why
+      pass
+  return process
 
 
 def _last_line(path: str) -> str:
   with open(path, "rb") as file:
     lines = file.read().decode(errors="replace").strip().splitlines()
-  return lines[-1][:300] if lines else "it said nothing"
+  return lines[-1][:300] if lines else "it printed nothing"
 
 
-# What the jobs found.
-
-
-def read(workdir: Any, cells: list[Cell]) -> dict[Cell, dict[str, Any]]:
+def read_summaries(
+  workdir: Any, cells: list[Cell]
+) -> dict[Cell, dict[str, Any]]:
   """The summaries of the jobs that have one."""
-  from etils import epath
-
-  found = {}
-  for cell in cells:
-    path = epath.Path(workdir) / cell.folder / "summary.json"
-    if path.exists():
-      found[cell] = disk.read_json(path)
-  return found
+  paths = {c: epath.Path(workdir) / c.folder / "summary.json" for c in cells}
+  return {c: disk.read_json(p) for c, p in paths.items() if p.exists()}
 
 
-def outcomes(
+def arm_results(
   summary: dict[str, Any], seed: int, where: str
 ) -> dict[str, dict[str, Any]]:
   """Label of an arm -> its win rate, prompts, costs and rows.
@@ -203,7 +179,7 @@ def outcomes(
   Raises:
     DataError: the job ran another seed, or has no win rate.
   """
-  out = {}
+  out, ledger = {}, summary["ledger"]
   for arm in summary["arms"]:
     win = arm["metrics"].get("win_vs_target") or {}
     if arm["seed"] != seed or win.get("value") is None:
@@ -211,85 +187,48 @@ def outcomes(
         f"{where}: arm {arm['name']} has no win rate of seed "
         f"{seed}; a grid compares win rates against the target"
       )
-    label = arm["name"].removesuffix(f"-seed{seed}")
-    cost = summary["ledger"]["arms"][arm["name"]]["total"]
-    out[label] = dict(
+    flops = ledger["arms"][arm["name"]]["total"]
+    out[arm["name"].removesuffix(f"-seed{seed}")] = dict(
       value=win["value"],
       prompts=win["n"],
       rows=arm["rows"],
       sampler="all" if arm["is_all"] else arm["sampler"],
       budget=arm["budget"],
-      flops=cost,
-      everything=summary["ledger"]["everything"],
+      cost=flops / ledger["everything"],
       malformed=arm["metrics"]["malformed"]["value"],
     )
   return out
 
 
-def truth(workdir: Any, cell: Cell, label: str) -> dict[str, float] | None:
-  """Shares of wrong labels and of junk that an arm kept, where it is known."""
-  from etils import epath
-
-  from jaxalign.data import tables
-  from jaxalign.data import world as world_lib
-
+def kept_faults(
+  workdir: Any, cell: Cell, label: str
+) -> dict[str, float] | None:
+  """Fractions of wrong labels and of junk an arm kept, where it is known."""
   folder = epath.Path(workdir) / cell.folder
   data = disk.read_json(folder / "config.json")["data"]
   path = folder / "runs" / f"{label}-seed{cell.seed}" / "subset.parquet"
   if data["source"] != "world" or not path.exists():
     return None
-  rows = tables.read_table(path)
+  rows = read_table(path)
   if not rows or "chosen" not in rows[0]:
     return None
-  world = world_lib.build_world(data["world"], data["seed"])
-  return world_lib.faults(world, rows)
+  return faults(build_world(data["world"], data["seed"]), rows)
 
 
 def summarise(values: Any, cells: list[Cell]) -> dict[str, Any]:
   """All that the page shows, from the jobs' artifacts alone."""
-  import numpy as np
-
-  from jaxalign.core import intervals
-
-  found = read(values.workdir, cells)
+  found = read_summaries(values.workdir, cells)
   worlds = []
   for world in dict.fromkeys(c.world for c in cells):
     mine = [c for c in cells if c.world == world and c in found]
-    told = {c.seed: outcomes(found[c], c.seed, c.folder) for c in mine}
-    labels = [
-      n
-      for n in dict.fromkeys(n for t in told.values() for n in t)
-      if all(n in t for t in told.values())
-    ]
+    arms = _arms(values.workdir, mine, found)
     start = [found[c]["baseline"]["win_vs_target"]["value"] for c in mine]
-    arms = []
-    for label in labels:
-      runs = [told[c.seed][label] for c in mine]
-      kept = [truth(values.workdir, c, label) for c in mine]
-      arms.append(
-        dict(
-          label=label,
-          sampler=runs[0]["sampler"],
-          budget=runs[0]["budget"],
-          rows=runs[0]["rows"],
-          win=intervals.t_mean(np.array([r["value"] for r in runs])),
-          values={c.seed: r["value"] for c, r in zip(mine, runs)},
-          prompts=min(r["prompts"] for r in runs),
-          cost=float(np.mean([r["flops"] / r["everything"] for r in runs])),
-          malformed=float(np.mean([r["malformed"] for r in runs])),
-          **{
-            n: float(np.mean([k[n] for k in kept]))
-            for n in ("wrong", "junk")
-            if all(kept)
-          },
-        )
-      )
     worlds.append(
       dict(
         world=world,
         seeds=[c.seed for c in mine],
         arms=arms,
-        start=intervals.t_mean(np.array(start)) if start else None,
+        start=intervals.t_mean(start) if start else None,
         verdicts=_verdicts(arms, values.baseline),
       )
     )
@@ -302,111 +241,104 @@ def summarise(values: Any, cells: list[Cell]) -> dict[str, Any]:
   )
 
 
-def _base(arms: list[dict], one: dict, baseline: str) -> dict | None:
-  """The baseline's arm at the budget of `one`; None for itself."""
-  for arm in arms:
-    if (
-      arm["sampler"] == baseline
-      and arm["label"] != one["label"]
-      and (arm["budget"] == one["budget"] or one["sampler"] == "all")
-    ):
-      return arm
-  return None
+def _arms(
+  workdir: Any, cells: list[Cell], found: dict[Cell, dict[str, Any]]
+) -> list[dict[str, Any]]:
+  """The arms that every job of a world has, over its seeds."""
+  results = {c: arm_results(found[c], c.seed, c.folder) for c in cells}
+  every = dict.fromkeys(n for one in results.values() for n in one)
+  arms = []
+  for label in every:
+    if not all(label in one for one in results.values()):
+      continue
+    runs = [results[c][label] for c in cells]
+    mean = lambda name, of=runs: float(np.mean([one[name] for one in of]))
+    kept = [kept_faults(workdir, c, label) for c in cells]
+    known = dict(label=label, win=intervals.t_mean([r["value"] for r in runs]))
+    known |= {n: runs[0][n] for n in ("sampler", "budget", "rows")}
+    known |= dict(
+      values={c.seed: r["value"] for c, r in zip(cells, runs)},
+      prompts=min(r["prompts"] for r in runs),
+      cost=mean("cost"),
+      malformed=mean("malformed"),
+    )
+    if all(kept):
+      known |= {name: mean(name, kept) for name in ("wrong", "junk")}
+    arms.append(known)
+  return arms
 
 
 def _pairs(arms: list[dict], baseline: str) -> list[tuple[dict, dict]]:
-  return [
-    (a, base)
-    for a in arms
-    if a["sampler"] != baseline
-    and (base := _base(arms, a, baseline)) is not None
+  """Each arm with the baseline's at its budget."""
+  bases = [arm for arm in arms if arm["sampler"] == baseline]
+  fits = lambda one, base: (
+    base["budget"] == one["budget"] or one["sampler"] == "all"
+  )
+  pairs = [
+    (one, next((base for base in bases if fits(one, base)), None))
+    for one in arms
+    if one["sampler"] != baseline
   ]
+  return [(one, base) for one, base in pairs if base]
 
 
 def _verdicts(arms: list[dict], baseline: str) -> list[dict[str, Any]]:
   """Each arm against the baseline at its budget, corrected together."""
-  import numpy as np
 
-  from jaxalign.eval import equivalence
-
-  def as_arm(one):
-    seeds = list(one["values"])
-    outcome = np.repeat(
-      np.array([one["values"][s] for s in seeds])[:, None],
-      one["prompts"],
-      axis=1,
-    )
-    return equivalence.ArmOutcomes(
-      one["label"], seeds, range(one["prompts"]), outcome
-    )
+  def outcomes(one: dict) -> ArmOutcomes:
+    seeds, prompts = list(one["values"]), one["prompts"]
+    means = np.array([one["values"][s] for s in seeds])[:, None]
+    outcome = np.repeat(means, prompts, axis=1)
+    return ArmOutcomes(one["label"], seeds, range(prompts), outcome)
 
   pairs = _pairs(arms, baseline)
-  return (
-    [
-      dict(v, label=a["label"])
-      for v, (a, _) in zip(
-        equivalence.compare_arms(
-          [(as_arm(a), as_arm(b)) for a, b in pairs], nested=True
-        ),
-        pairs,
-      )
-    ]
-    if pairs
-    else []
+  if not pairs:
+    return []
+  found = compare_arms(
+    [(outcomes(a), outcomes(b)) for a, b in pairs], nested=True
   )
+  return [dict(v, label=a["label"]) for v, (a, _) in zip(found, pairs)]
 
 
 def _pooled(worlds: list[dict], baseline: str) -> list[dict[str, Any]]:
   """Differences to the baseline over all worlds and seeds, a seed's worlds
   first: they share nothing but the seed, and are one draw all the same."""
-  import numpy as np
-
-  from jaxalign.core import intervals
-
   by_label: dict[str, dict[int, list[float]]] = {}
-  cells: dict[str, list[float]] = {}
   for world in worlds:
     for a, b in _pairs(world["arms"], baseline):
+      seeds = by_label.setdefault(a["label"], {})
       for seed, value in a["values"].items():
-        d = value - b["values"][seed]
-        by_label.setdefault(a["label"], {}).setdefault(seed, []).append(d)
-        cells.setdefault(a["label"], []).append(d)
-  return [
-    dict(
-      label=label,
-      difference=intervals.t_mean(
-        np.array([np.mean(d) for d in seeds.values()])
-      ),
-      cells=len(cells[label]),
-      above=sum(d > 0 for d in cells[label]),
-      least=min(cells[label]),
+        seeds.setdefault(seed, []).append(value - b["values"][seed])
+  out = []
+  for label, seeds in by_label.items():
+    cells = [d for one in seeds.values() for d in one]
+    out.append(
+      dict(
+        label=label,
+        difference=intervals.t_mean([np.mean(d) for d in seeds.values()]),
+        cells=len(cells),
+        above=sum(d > 0 for d in cells),
+        least=min(cells),
+      )
     )
-    for label, seeds in by_label.items()
-  ]
+  return out
 
 
 def main(argv: list[str]) -> int:
   """Returns the exit code; one line on stderr says what went wrong."""
-  status = 0
+  failed: dict[Cell, int] = {}
 
-  def work():
-    nonlocal status
-    from etils import epath
-
-    from jaxalign.core import progress
-    from jaxalign.report import study_page, terminal
-
-    values, passed = parse(argv)
+  def work() -> None:
+    values, passed = parse_grid(argv)
     cells = cells_of(values)
-    failed = run(values, passed, cells) if values.run else {}
+    if values.run:
+      failed.update(run_cells(values, passed, cells))
     summary = json.loads(json.dumps(summarise(values, cells)))
     folder = epath.Path(values.workdir)
     disk.write_json(folder / "grid.json", summary)
-    disk.write_bytes(
-      folder / "grid.html", study_page.grid_html(summary).encode()
-    )
-    progress.say(terminal.grid_text(summary))
-    progress.say(f"report: {folder}/grid.html")
-    status = next(iter(failed.values()), 0)
+    html = study_page.grid_html(summary)
+    disk.write_bytes(folder / "grid.html", html.encode())
+    say(terminal.grid_text(summary))
+    say(f"report: {folder}/grid.html")
 
-  return main_lib.guarded(work) or status
+  return guarded(work) or next(iter(failed.values()), 0)

@@ -1,21 +1,21 @@
-"""What a stage leaves on disk, the record beside it, and when it is skipped.
+"""What a stage leaves on disk, the record next to it, and when it is skipped.
 
-A stage is described by the config fields it depends on and by the keys of the
-stages it reads; the hash of that description is its own key. Its record also
-holds a digest of every byte it wrote, and of itself. A later run with the same
-description and unharmed bytes skips the stage; harmed bytes make that stage
-run again; another description is an error that names the field, unless `redo`
-is given. The record is written before the stage starts, too: what a killed run
-left is resumed only by a run with the same description.
+A stage is described by the config fields it depends on and by the contents of
+the stages it reads; the hash of that description is its own key. Its record
+also holds a digest of every byte it wrote, and of itself. A later run with the
+same description and the same bytes skips the stage; corrupt bytes make that
+stage run again; another description is an error that names the field, unless
+`redo` is given. The record is written before the stage starts, too: what a
+killed run left is resumed only by a run with the same description.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 import dataclasses
 import fnmatch
 import hashlib
 import json
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils import epath
 import jax
@@ -48,9 +48,30 @@ class Record:
   outputs: dict[str, dict[str, Any]]  # relative path -> {sha256, bytes}
   cost: Cost
   result: dict[str, Any]  # small facts that later stages or pages read
-  finished: bool = True  # false from a stage's start to its end
+  finished: bool = True  # false while the stage runs
   content: str = ""  # digest of the key and the bytes: what reads it depends on
-  skipped: bool = False  # true where this run found it finished
+  skipped: bool = False  # this run did not have to make it
+
+
+class Description(NamedTuple):
+  """What a stage is made from, and how it is made again."""
+
+  # The config values it depends on, flat.
+  fields: dict[str, Any]
+  # Stage name -> `Record.content` of every artifact it reads. Where these
+  # alone differ the stage is stale, and runs again.
+  inputs: dict[str, str] = {}
+  # Run again, instead of refusing, where the description changed.
+  redo: bool = False
+  # Files or folders that an unfinished run leaves and `make` continues from;
+  # removed unless the same description made them.
+  resumes: tuple[str, ...] = ()
+  # `make` checks every byte of what it resumes: where only that is corrupt it
+  # is left to `make`, which repairs the corrupt shards alone.
+  repairs: bool = False
+  # Patterns of files whose bytes differ from run to run (times, names of
+  # shards); a "weights" of the result stands for them.
+  volatile: tuple[str, ...] = ()
 
 
 def key_of(stage: str, fields: dict[str, Any], inputs: dict[str, str]) -> str:
@@ -78,8 +99,8 @@ def _digest_of(raw: dict[str, Any]) -> str:
 def read_record(folder: Any, stage: str) -> Record | None:
   """The record of a stage, None where there is none.
 
-  A record whose bytes are not those written has the key `DAMAGED`, and one that
-  names files outside its folder too: nobody's files are removed by its word.
+  A record whose bytes are not those written has the key `DAMAGED`, and so has
+  one that names files outside its folder: those must never be removed.
   """
   path = _record_path(folder, stage)
   if not path.exists():
@@ -106,71 +127,33 @@ def read_record(folder: Any, stage: str) -> Record | None:
     return Record(stage, DAMAGED, {}, {}, {}, Cost(), {})
 
 
-def changed(
-  old: Record, fields: dict[str, Any], inputs: dict[str, str]
-) -> list[str]:
-  """What differs between a record and what is wanted now, in words."""
-  out = [
-    f"{n} was {old.fields.get(n)!r}, now {fields.get(n)!r}"
-    for n in sorted(old.fields.keys() | fields.keys())
-    if old.fields.get(n) != fields.get(n)
-  ]
-  return out + [
-    f"its input {n} is another one"
-    for n in sorted(old.inputs.keys() | inputs.keys())
-    if old.inputs.get(n) != inputs.get(n)
-  ]
-
-
 def run(
-  folder: Any,
-  stage: str,
-  *,
-  fields: dict[str, Any],
-  inputs: dict[str, str],
-  make: Callable[[epath.Path], tuple],
-  redo: bool = False,
-  resumes: tuple[str, ...] = (),
-  mends: bool = False,
-  volatile: tuple[str, ...] = (),
+  folder: Any, stage: str, how: Description, make: Callable[[epath.Path], tuple]
 ) -> Record:
-  """Runs a stage, or finds it finished.
+  """Runs a stage, or skips one that is finished.
 
   Args:
     folder: where its files and its record live.
     stage: the stage's name.
-    fields: the config values it depends on, flat.
-    inputs: stage name -> `Record.content` of every artifact it reads. Where
-      these alone differ the stage is stale, and runs again.
+    how: what it is made from.
     make: `make(folder) -> (files, Cost, result)`; `files` are relative names
       of files or folders. Every process calls it; only process 0 may write
       shared files.
-    redo: run again, instead of refusing, where the description changed.
-    resumes: files or folders that an unfinished run leaves and `make` goes on
-      from; removed unless the same description made them.
-    mends: `make` checks every byte of what it goes on from: where only that
-      is harmed it is left to `make`, which does the harmed part alone.
-    volatile: patterns of files whose bytes differ from run to run (times,
-      names of shards); a "weights" of the result stands for them.
 
   Raises:
     ConfigError: the folder holds this stage made from another description.
     RestartError: SIGTERM came while several processes were between stages.
   """
   folder = epath.Path(folder)
-  record, found, status = _look(
-    folder, stage, fields, inputs, redo, resumes, mends
-  )
-  if status == "done":
-    found.skipped = True
-    progress.say(
-      f"{stage}: finished before "
-      f"({progress.duration(found.cost.seconds)}), skipped"
-    )
-    return found
-  if found and status == "unfinished":
-    record.result = found.result  # what `begin` said of it
-  _enter(folder, record, found, status, resumes)
+  record, old, state = _inspect(folder, stage, how)
+  if state == "done":
+    old.skipped = True
+    took = progress.duration(old.cost.seconds)
+    progress.say(f"{stage}: finished before ({took}), skipped")
+    return old
+  if old and state == "unfinished":
+    record.result = old.result  # of `begin`
+  _enter(folder, record, old, state, how.resumes)
   progress.say(f"{stage}: ...")
   start = time.monotonic()
   files, cost, result = make(folder)
@@ -180,7 +163,7 @@ def run(
     record.outputs = disk.digest_tree(folder, files)
     cost.bytes = sum(o["bytes"] for o in record.outputs.values())
   record.cost, record.result, record.finished = cost, result, True
-  record.content = processes.from_first(lambda: _content(record, volatile))
+  record.content = processes.from_first(lambda: _content(record, how.volatile))
   if jax.process_index() == 0:
     _write_record(folder, record)
   sharding.barrier(f"record of {stage}")
@@ -189,15 +172,27 @@ def run(
   return record
 
 
-def _content(record: Record, volatile: tuple[str, ...]) -> str:
-  """The digest of what a finished stage leaves to those that read it."""
-  kept = {
-    name: digest["sha256"]
-    for name, digest in record.outputs.items()
-    if not any(fnmatch.fnmatchcase(name, pattern) for pattern in volatile)
-  }
-  weights = record.result.get("weights", "")
-  return key_of(record.key, kept, dict(weights=weights))
+def begin(
+  folder: Any, stage: str, how: Description, result: dict[str, Any]
+) -> bool:
+  """Marks a stage as begun, for another stage that makes its files too.
+
+  `run` then resumes it from those files.
+
+  Args:
+    folder, stage, how: as of `run`.
+    result: what its record holds until it is finished; `make` may read it.
+
+  Returns:
+    Whether anything is missing of it; False: it is finished and whole.
+  """
+  folder = epath.Path(folder)
+  record, old, state = _inspect(folder, stage, how)
+  if state == "done":
+    return False
+  record.result = result
+  _enter(folder, record, old, state, how.resumes)
+  return True
 
 
 def given(stage: str, digest: str) -> Record:
@@ -212,131 +207,112 @@ def is_given(record: Record) -> bool:
   return record.content == record.key
 
 
-def begin(
-  folder: Any,
-  stage: str,
-  *,
-  fields: dict[str, Any],
-  inputs: dict[str, str],
-  result: dict[str, Any],
-  redo: bool = False,
-  resumes: tuple[str, ...] = (),
-  mends: bool = False,
-) -> bool:
-  """Marks a stage as begun, for another stage that makes its files too.
-
-  `run` then finds it unfinished and goes on from those files.
-
-  Args:
-    folder, stage, fields, inputs, redo, resumes, mends: as of `run`.
-    result: what its record says until it is finished; `make` may read it.
-
-  Returns:
-    Whether anything is missing of it; False: it is finished and whole.
-  """
-  folder = epath.Path(folder)
-  record, found, status = _look(
-    folder, stage, fields, inputs, redo, resumes, mends
-  )
-  if status == "done":
-    return False
-  record.result = result
-  _enter(folder, record, found, status, resumes)
-  return True
+def _content(record: Record, volatile: tuple[str, ...]) -> str:
+  """The digest of what a finished stage leaves to those that read it."""
+  kept = {
+    name: digest["sha256"]
+    for name, digest in record.outputs.items()
+    if not any(fnmatch.fnmatchcase(name, pattern) for pattern in volatile)
+  }
+  weights = record.result.get("weights", "")
+  return key_of(record.key, kept, dict(weights=weights))
 
 
-def _look(
-  folder: epath.Path,
-  stage: str,
-  fields: dict[str, Any],
-  inputs: dict[str, str],
-  redo: bool,
-  resumes: tuple[str, ...],
-  mends: bool,
+def _inspect(
+  folder: epath.Path, stage: str, how: Description
 ) -> tuple[Record, Record | None, str]:
-  """The record to be written, the one that is there, and what is to be done."""
-  fields = json.loads(json.dumps(fields))  # as it will be read back
-  key = key_of(stage, fields, inputs)
-  record = Record(stage, key, fields, inputs, {}, Cost(), {}, finished=False)
-  found = read_record(folder, stage)
-  status, bad = "new", []
-  if found is not None:
-    if found.key == DAMAGED:
-      bad = ["its record has other bytes than were written"]
-    elif (
-      found.key == key
-      and not found.finished
-      and (links := [name for name in resumes if disk.leads_out(folder, name)])
-    ):
-      bad = [f"{name} is a link out of its folder" for name in links]
-    elif found.key == key and found.finished and jax.process_index() == 0:
-      bad = disk.corrupt(folder, found.outputs)
-    if bad:
-      status = "harmed"
-    elif (
-      found.key != key
-      and not found.finished
-      and not any(_holds(folder / name) for name in resumes)
-    ):
-      status = "new"  # a run that failed early has left nothing to lose
-    elif found.key != key and found.fields == fields and found.inputs != inputs:
-      status = "stale"
-    elif found.key != key:
-      status = "changed"
-    elif found.finished:
-      status = "done"
-    else:
-      status = "unfinished"
-  if (
-    status == "harmed"
-    and found.key == key
-    and mends
-    and all(what.split("/")[0] in resumes for what in bad)
-  ):
-    progress.say(
-      f"{stage}: {'; '.join(bad[:4])}; doing this stage again where "
-      "it is harmed"
-    )
-    status = "unfinished"
-  status = processes.agree(status)
-  if status == "stale":
-    was = found.inputs if found else {}  # process 0 may see a shared disk first
-    names = sorted(n for n in inputs if was.get(n) != inputs[n])
-    progress.say(
-      f"{stage}: {', '.join(names) or 'what it read'} has other bytes now; "
-      "running again"
-    )
-  if status == "changed":
-    found = found or record  # a shared disk may show it to process 0 first
-    words = "; ".join(changed(found, fields, inputs)[:4]) or "another version"
-    if not redo:
-      part = "" if found.finished else "an unfinished "
+  """The record to be written, the one on disk, and the state of the stage."""
+  fields = json.loads(json.dumps(how.fields))  # as it will be read back
+  key = key_of(stage, fields, how.inputs)
+  record = Record(
+    stage, key, fields, how.inputs, {}, Cost(), {}, finished=False
+  )
+  old = read_record(folder, stage)
+  bad = _corrupt(folder, old, key, how.resumes) if old else []
+  state = _state(folder, old, record, how, bad) if old else "new"
+  state = processes.from_first(lambda: state)
+  if state in ("stale", "changed"):
+    old = old or record  # a shared disk may show it to process 0 first
+  if state == "stale":
+    names = ", ".join(_differing(old.inputs, how.inputs)) or "what it read"
+    progress.say(f"{stage}: {names} has other bytes now; running again")
+  if state == "changed":
+    words = "; ".join(_changes(old, record)[:4]) or "another version"
+    if not how.redo:
+      unfinished = "" if old.finished else "an unfinished "
       raise ConfigError(
-        f"{folder} holds {part}{stage} made from another config: {words}. "
-        "Use another --workdir, or --redo to replace it"
+        f"{folder} holds {unfinished}{stage} made from another config: "
+        f"{words}. Use another --workdir, or --redo to replace it"
       )
     progress.say(f"{stage}: {words}; running again")
-  if status == "harmed":
-    progress.say(f"{stage}: {'; '.join(bad)}; doing this stage again")
-  return record, found, status
+  if bad:
+    where = " where it is corrupt" if state == "unfinished" else ""
+    words = "; ".join(bad[:4])
+    progress.say(f"{stage}: {words}; doing this stage again{where}")
+  return record, old, state
+
+
+def _corrupt(
+  folder: epath.Path, old: Record, key: str, resumes: Iterable[str]
+) -> list[str]:
+  """What is corrupt of a stage on disk, in words."""
+  if old.key == DAMAGED:
+    return ["its record has other bytes than were written"]
+  if old.key != key:
+    return []
+  if not old.finished:
+    links = [name for name in resumes if disk.leads_out(folder, name)]
+    return [f"{name} is a link out of its folder" for name in links]
+  return disk.corrupt(folder, old.outputs) if jax.process_index() == 0 else []
+
+
+def _state(
+  folder: epath.Path,
+  old: Record,
+  record: Record,
+  how: Description,
+  bad: list[str],
+) -> str:
+  """What is to be done about a stage that has a record."""
+  same = old.key == record.key
+  if bad:
+    inside = all(what.split("/")[0] in how.resumes for what in bad)
+    return "unfinished" if same and how.repairs and inside else "corrupt"
+  if same:
+    return "done" if old.finished else "unfinished"
+  if not old.finished and not any(_holds(folder / n) for n in how.resumes):
+    return "new"  # a run that failed early has left nothing to lose
+  stale = old.fields == record.fields and old.inputs != record.inputs
+  return "stale" if stale else "changed"
+
+
+def _differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+  return sorted(n for n in old.keys() | new.keys() if old.get(n) != new.get(n))
+
+
+def _changes(old: Record, new: Record) -> list[str]:
+  """How two descriptions differ, in words."""
+  fields = [
+    f"{n} was {old.fields.get(n)!r}, now {new.fields.get(n)!r}"
+    for n in _differing(old.fields, new.fields)
+  ]
+  inputs = _differing(old.inputs, new.inputs)
+  return fields + [f"its input {n} is another one" for n in inputs]
 
 
 def _enter(
   folder: epath.Path,
   record: Record,
-  found: Record | None,
-  status: str,
-  resumes: tuple[str, ...],
+  old: Record | None,
+  state: str,
+  resumes: Iterable[str],
 ) -> None:
   """Clears the folder of what is no longer true, and writes the record."""
   interrupt.check()
   if jax.process_index() == 0:
-    gone_on = status == "unfinished"
-    _make_room(
-      folder,
-      found.outputs if found and not gone_on else {},
-      () if gone_on else resumes,
-    )
+    resumed = state == "unfinished"
+    outputs = {} if resumed or old is None else old.outputs
+    _make_room(folder, outputs, () if resumed else resumes)
     _write_record(folder, record)
   sharding.barrier(f"before {record.stage}")
 
@@ -347,15 +323,9 @@ def _holds(path: epath.Path) -> bool:
 
 
 def _make_room(
-  folder: epath.Path, outputs: dict[str, Any], resumes: tuple[str, ...]
+  folder: epath.Path, outputs: Iterable[str], resumes: Iterable[str]
 ) -> None:
-  """Makes the folder, and removes from it what is no longer true.
-
-  Args:
-    folder: of the stage.
-    outputs: files that this stage wrote, from its record.
-    resumes: files and folders that it would go on from.
-  """
+  """Makes the folder, and removes a record's outputs and what it resumes."""
   try:
     folder.mkdir(parents=True, exist_ok=True)
     for name in {n.split("/")[0] for n in outputs} | {*resumes}:

@@ -165,7 +165,7 @@ class Checkpoints:
       with contextlib.suppress(ValueError):
         digests = disk.read_json(path)
         good = not disk.corrupt(self.folder / str(step), digests)
-    return processes.agree("done" if good else "unfinished") == "done"
+    return processes.from_first(lambda: "good" if good else "") == "good"
 
   def latest(self) -> int | None:
     """The newest step that is whole; corrupt ones are named and removed."""

@@ -180,13 +180,13 @@ def lock(workdir: Any) -> Iterator[None]:
   Raises:
     WriteError: another job holds it, or the workdir cannot be made.
   """
-  workdir, mine, owner = epath.Path(workdir), None, None
+  workdir, mine, owner = epath.Path(workdir), None, ""
   if jax.process_index() == 0 and "://" not in str(workdir):
     mine, owner = _take(workdir)
   try:
-    if processes.agree("harmed" if owner is not None else "done") == "harmed":
+    if taken := processes.from_first(lambda: owner):
       raise WriteError(
-        f"{workdir} is in use by another job ({owner or '?'}); "
+        f"{workdir} is in use by another job ({taken}); "
         "wait for it, stop it, or set another --workdir"
       )
     yield
@@ -195,7 +195,7 @@ def lock(workdir: Any) -> Iterator[None]:
       mine.close()
 
 
-def _take(workdir: epath.Path) -> tuple[Any, str | None]:
+def _take(workdir: epath.Path) -> tuple[Any, str]:
   """The locked file (None where there are no locks), and who else has it."""
   path = workdir / ".lock"
   try:
@@ -212,7 +212,7 @@ def _take(workdir: epath.Path) -> tuple[Any, str | None]:
     file.flush()
   except BlockingIOError:
     file.seek(0)
-    owner = file.read(200).strip() or "it has not said which"
+    owner = file.read(200).strip() or "it left no name"
     file.close()
     return None, owner
   except OSError as error:
@@ -220,4 +220,4 @@ def _take(workdir: epath.Path) -> tuple[Any, str | None]:
       f"{path} cannot be locked ({error.strerror or error}); see "
       "to it that no other job uses this workdir"
     )
-  return file, None
+  return file, ""

@@ -12,6 +12,7 @@ import contextlib
 import signal
 
 import jax
+from jax.experimental import multihost_utils
 
 from jaxalign.core.errors import RestartError
 
@@ -43,8 +44,6 @@ def install() -> None:
 def _requested() -> bool:
   """Whether to stop here; every process must ask equally often."""
   if jax.process_count() > 1 and not _STATE["signal"]:
-    from jax.experimental import multihost_utils
-
     _STATE["polls"] += 1
     if multihost_utils.reached_preemption_sync_point(_STATE["polls"]):
       _STATE["signal"] = signal.SIGTERM

@@ -183,7 +183,7 @@ def make_data(
   with RowEncoder(c, tok, splits) as encoder:
     _write_tokenizer(folder, tok, encoder.chat)
     encoded = {name: encoder.encode(encoder.splits[name]) for name in SPLITS}
-  context = prepare.asked_context(c) or tokens.context_for(
+  context = prepare.requested_context(c) or tokens.context_for(
     tokens.whole_lengths(tok, itertools.chain(*encoded.values())), most
   )
   context = c.model.context or min(most, context)
@@ -339,7 +339,7 @@ def preview(c: Any, most: int) -> tuple[SplitRows, list[str]]:
     few = encoder.splits[name][:TOKENIZED]
     encoded = encoder.encode(few)
   fits = tokens.context_for(tokens.whole_lengths(tok, encoded), most)
-  context = prepare.asked_context(c) or fits
+  context = prepare.requested_context(c) or fits
   rows, _, refused = encoder.fit(few, encoded, context, prepare.too_long(c))
   kept, late = _without(few, refused, name, read.where)
   summary["template"] = encoder.description

@@ -1,9 +1,11 @@
 """The rows of .csv and .parquet files, and the readers of all formats."""
 
 from collections.abc import Callable, Iterator
+import contextlib
 import csv
 import decimal
 import io
+import itertools
 import re
 from typing import Any, BinaryIO
 
@@ -43,7 +45,14 @@ def read_csv_rows(name: str, file: BinaryIO) -> RowIterator:
         continue
       wrong = lone_surrogate("".join(cells))
       if header is None:
-        header = _header(name, cells, wrong)
+        header = cells
+        if len(set(cells)) != len(cells):
+          columns = ascii(", ".join(cells))[1:200]
+          raise DataError(f"data file {name} names a column twice: {columns}")
+        if wrong:
+          raise DataError(
+            f"data file {name} is not UTF-8 in the names of its columns"
+          )
       elif len(cells) != len(header):
         counts = f"{len(cells)}, wanted {len(header)}"
         yield where, BadRow("wrong number of columns", counts)
@@ -53,61 +62,35 @@ def read_csv_rows(name: str, file: BinaryIO) -> RowIterator:
         yield where, dict(zip(header, cells))
 
 
-def _header(name: str, cells: list[str], wrong: str) -> list[str]:
-  if len(set(cells)) != len(cells):
-    columns = ascii(", ".join(cells))[1:200]
-    raise DataError(f"data file {name} names a column twice: {columns}")
-  if wrong:
-    raise DataError(
-      f"data file {name} is not UTF-8 in the names of its columns"
-    )
-  return cells
-
-
-_PARQUET_ERRORS = (pa.ArrowException, OSError, ValueError)
-
-
-def _parquet_file(file: BinaryIO) -> pq.ParquetFile:
+@contextlib.contextmanager
+def _parquet_file(name: str, file: BinaryIO) -> Iterator[pq.ParquetFile]:
   """Opened so that a row group is read page by page, not as a whole."""
-  return pq.ParquetFile(
-    file,
-    page_checksum_verification=True,
-    pre_buffer=False,
-    buffer_size=json_rows.BLOCK,
-  )
+  page_by_page = dict(pre_buffer=False, buffer_size=json_rows.BLOCK)
+  try:
+    yield pq.ParquetFile(file, page_checksum_verification=True, **page_by_page)
+  except (pa.ArrowException, OSError, ValueError) as error:
+    raise DataError(
+      f"data file {name} is truncated or no parquet file: {str(error)[:200]}"
+    ) from error
 
 
 def read_parquet_rows(name: str, file: BinaryIO) -> RowIterator:
   """The rows of a .parquet file."""
-  number = 0
-  try:
-    with _parquet_file(file) as table:
-      names = table.schema_arrow.names
-      if len(set(names)) < len(names):
-        columns = ", ".join(names)[:200]
-        raise DataError(f"data file {name} names a column twice: {columns}")
-      for batch in table.iter_batches(batch_size=256, use_threads=False):
-        for row in arrow_rows(batch):
-          number += 1
-          yield Where(name, number), row
-  except _PARQUET_ERRORS as error:
-    raise _not_parquet(name, error, f", after {number} good rows") from error
+  with _parquet_file(name, file) as table:
+    names = table.schema_arrow.names
+    if len(set(names)) < len(names):
+      columns = ", ".join(names)[:200]
+      raise DataError(f"data file {name} names a column twice: {columns}")
+    batches = table.iter_batches(batch_size=256, use_threads=False)
+    rows = itertools.chain.from_iterable(map(arrow_rows, batches))
+    for number, row in enumerate(rows, 1):
+      yield Where(name, number), row
 
 
 def parquet_length(name: str, file: BinaryIO) -> int:
-  """How many rows a .parquet file says it has."""
-  try:
-    with _parquet_file(file) as table:
-      return table.metadata.num_rows
-  except _PARQUET_ERRORS as error:
-    raise _not_parquet(name, error) from error
-
-
-def _not_parquet(name: str, error: Exception, after: str = "") -> DataError:
-  return DataError(
-    f"data file {name} is truncated or no parquet file{after}: "
-    f"{str(error)[:200]}"
-  )
+  """How many rows a .parquet file has, by its own account."""
+  with _parquet_file(name, file) as table:
+    return table.metadata.num_rows
 
 
 def arrow_rows(table: Any) -> Iterator[dict | BadRow]:

@@ -7,6 +7,7 @@ it becomes a `BadRow` with its line, and reading goes on.
 import codecs
 from collections.abc import Iterator
 import io
+import itertools
 import json
 import math
 import re
@@ -47,18 +48,19 @@ def lone_surrogate(text: str) -> str:
   return ""
 
 
-class _OutOfRange(ValueError):
-  """A number that no float can hold."""
+class _Unusable(ValueError):
+  """JSON that no row can be made of, though a decoder takes it."""
 
-
-class _DuplicateKey(ValueError):
-  """A key that stands twice in an object."""
+  def __init__(self, reason: str, detail: str):
+    super().__init__(detail)
+    self.row = BadRow(reason, detail)
 
 
 def _float(digits: str) -> float:
   value = float(digits)
   if math.isinf(value):  # 1e400
-    raise _OutOfRange(f"{digits[:40]} is more than a number can be")
+    detail = f"{digits[:40]} is more than a number can be"
+    raise _Unusable("number out of range", detail)
   return value
 
 
@@ -74,7 +76,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   if len(row) < len(pairs):
     keys = [key for key, _ in pairs]
     twice = next(key for key in keys if keys.count(key) > 1)
-    raise _DuplicateKey(f"{twice[:80]!a} stands twice in an object")
+    detail = f"{twice[:80]!a} stands twice in an object"
+    raise _Unusable("duplicate key", detail)
   return row
 
 
@@ -85,10 +88,8 @@ _DECODER = json.JSONDecoder(
 
 def _bad_json(error: Exception) -> BadRow:
   """What a decoder's error means."""
-  if isinstance(error, _OutOfRange):
-    return BadRow("number out of range", str(error))
-  if isinstance(error, _DuplicateKey):
-    return BadRow("duplicate key", str(error))
+  if isinstance(error, _Unusable):
+    return error.row
   if isinstance(error, RecursionError):
     return BadRow("malformed JSON", "brackets within brackets without end")
   return BadRow("malformed JSON", str(error)[:200])
@@ -119,20 +120,17 @@ def _too_deep(value: Any) -> bool:
   """Whether lists and dicts lie more than MAX_DEPTH deep in each other."""
   level = [value]
   for _ in range(MAX_DEPTH):
-    level = [
-      item
-      for outer in level
-      if isinstance(outer, (dict, list))
-      for item in (outer.values() if isinstance(outer, dict) else outer)
-    ]
+    dicts = [x.values() for x in level if isinstance(x, dict)]
+    lists = [x for x in level if isinstance(x, list)]
+    level = [*itertools.chain(*dicts, *lists)]
   return any(isinstance(item, (dict, list)) for item in level)
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes | None]:
   r"""Lines that end in \n, or in \r where there is no \n; None: too long."""
   with io.BufferedReader(file) as lines:  # GzipFile.readline alone is slow
-    start = lines.peek()
-    if b"\r" in start and b"\n" not in start:  # an old Macintosh
+    first = lines.peek()
+    if b"\r" in first and b"\n" not in first:  # an old Macintosh
       yield from _cut_at_returns(lines)
       return
     while line := lines.readline(MAX_ROW_BYTES):
@@ -152,27 +150,30 @@ def _cut_at_returns(file: BinaryIO) -> Iterator[bytes | None]:
     yield rest if len(rest) < MAX_ROW_BYTES else None
 
 
+def _rows_of_line(line: bytes | None) -> list[dict | BadRow]:
+  """The row of a line; several where it holds lines of another end."""
+  if line is None:
+    return [BadRow("row too long", f"over {MAX_ROW_BYTES:,} bytes")]
+  try:
+    text = line.decode("utf-8")
+  except UnicodeDecodeError as error:
+    return [BadRow("bad UTF-8", str(error))]
+  row = _parse(text)
+  if isinstance(row, BadRow) and "\r" in text.strip():
+    rows = [_parse(line) for line in text.split("\r") if line.strip()]
+    if not all(isinstance(x, BadRow) for x in rows):
+      return rows
+  return [row]
+
+
 def read_jsonl_rows(name: str, file: BinaryIO) -> RowIterator:
   """The rows of a .jsonl file."""
   for number, line in enumerate(_lines(file), 1):
-    where = Where(name, number)
-    if line is None:
-      yield where, BadRow("row too long", f"over {MAX_ROW_BYTES:,} bytes")
-      continue
-    line = line.removeprefix(_BOM)  # of a file put behind another, too
-    if not line.strip():
-      continue
-    try:
-      text = line.decode("utf-8")
-    except UnicodeDecodeError as error:
-      yield where, BadRow("bad UTF-8", str(error))
-      continue
-    rows = [_parse(text)]
-    if isinstance(rows[0], BadRow) and "\r" in text.strip():
-      parts = [_parse(part) for part in text.split("\r") if part.strip()]
-      if not all(isinstance(part, BadRow) for part in parts):
-        rows = parts  # lines of two kinds of ends
-    yield from ((where, row) for row in rows)
+    if line is not None:
+      line = line.removeprefix(_BOM)  # also of a file appended to another
+    if line is None or line.strip():
+      for row in _rows_of_line(line):
+        yield Where(name, number), row
 
 
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -202,8 +203,7 @@ class _JsonText:
     self.total, self.most = 0, 0  # bytes read, and allowed; 0: any number
     self.bad = ""  # why some of the text is not UTF-8
     # Undecodable bytes become lone surrogates, which no encoding then accepts.
-    self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-    self._first = True
+    self._decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
 
   def more(self) -> bool:
     """Reads on, as much as is left to be used; False at the end."""
@@ -213,14 +213,12 @@ class _JsonText:
     if keep > MAX_ROW_BYTES or self.total > self.most > 0:
       raise DataError(
         f"data file {self.name} holds over {max(keep, self.most):,} bytes of "
-        "JSON in one piece; write one object per line, as .jsonl"
+        "JSON in one value; write one object per line, as .jsonl"
       )
     data = self._file.read(max(BLOCK, keep))
     self.total += len(data)
     self.ended = not data
     fresh = self._decoder.decode(data, self.ended)
-    if self._first and fresh:
-      fresh, self._first = fresh.removeprefix("\ufeff"), False
     if not self.bad and (wrong := lone_surrogate(fresh)):
       self.bad = f"byte 0x{ord(wrong) & 255:02x}"
     self.text, self.at = self.text[self.at :] + fresh, 0

@@ -1,4 +1,4 @@
-"""What a dialogue says that could pass for a special token, in disguise.
+"""Texts of a dialogue that could pass for special tokens, in disguise.
 
 A content may hold "<|im_end|>" or the half of it. Its first character, and
 the first or last of a half, is replaced by a private-use character that stands
@@ -16,9 +16,9 @@ from jaxalign.data.schemas.schema import Refused
 from jaxalign.data.special import any_of
 
 HALF = ""  # what `found` calls a text that begins or ends like a token
-# Values that templates write beside their own tokens; of others (the names
+# Values that templates write next to their own tokens; of others (the names
 # and arguments of tools) whole tokens are enough.
-_BESIDE = ("content", "text", "reasoning_content", "reasoning", "thinking")
+_ADJACENT = ("content", "text", "reasoning_content", "reasoning", "thinking")
 _PRIVATE = range(0xE000, 0xF900)
 
 
@@ -48,7 +48,7 @@ class Marks:
     """(token or HALF, where the character to replace is) in a text."""
     for m in self._first.finditer(text):
       yield m[0] + m[m.lastindex], m.start()
-    core = text.strip() if key in _BESIDE else ""
+    core = text.strip() if key in _ADJACENT else ""
     if core:
       at, alone = text.index(core), core in self._inside
       if alone or any(core[:k] in self._ends for k in self._sizes):

@@ -1,7 +1,8 @@
-"""What a config asks of its data: sources, rules, tokenizer, context."""
+"""What a config sets of its data: sources, rules, tokenizer, context."""
 
 import ast
 import contextlib
+import dataclasses
 import hashlib
 from typing import Any
 
@@ -9,9 +10,7 @@ from jaxalign.core import hub
 from jaxalign.core.errors import ConfigError
 from jaxalign.data import records, sources, tokens, world
 from jaxalign.data.chat_templates import check_template, read_template
-from jaxalign.data.schemas.choices import check_choice
-from jaxalign.data.schemas.mapping import check_fields
-from jaxalign.data.source_reader import check_shares, LoadOptions
+from jaxalign.data.source_reader import LoadOptions
 from jaxalign.data.tokenizer import load_tokenizer, Tokenizer
 
 _OWN_CONTEXT, _WORLD_CONTEXT = 256, 64  # of a model trained here
@@ -39,7 +38,7 @@ def sources_of(c: Any) -> list[str]:
     )
   if len(names) > 1 and "world" in names:
     raise ConfigError(
-      "data.source names the built-in world beside others; set "
+      "data.source names the built-in world among others; set "
       "config.data.source"
     )
   return names
@@ -53,25 +52,23 @@ def is_world(c: Any) -> bool:
 def check_source(c: Any) -> None:
   """Raises where the source is of no known kind, or no file is there."""
   check_template(c.data.template)
-  check_choice(choice_of(c))
-  check_fields(c.data.fields.to_dict())
   for knob, known in _KNOWN.items():
     if c.data[knob] not in known:
       raise ConfigError(
         f"data.{knob}={c.data[knob]!r}, wanted one of {', '.join(known)}; set "
         f"config.data.{knob}"
       )
-  names = sources_of(c)
-  check_shares(names, c.data.caps, c.data.weights)
+  names, held_out = sources_of(c), c.data.held_out
+  _options(c).check(names)
   if is_world(c):
     world_of(c)
-    if c.data.held_out:
+    if held_out:
       raise ConfigError(
-        "data.held_out beside the built-in world, which holds out rows of its "
-        "own; set config.data.source"
+        f"data.held_out={held_out!r} with the built-in world, which holds out "
+        "rows of its own; set config.data.source"
       )
     return
-  for name in names + [c.data.held_out] * bool(c.data.held_out):
+  for name in names + [held_out] * bool(held_out):
     sources.source_files(name)
 
 
@@ -112,14 +109,27 @@ def split_fractions(c: Any) -> dict[str, float]:
   pool. A held-out file of its own leaves all of the source to the pool.
   """
   sizes = c.data.split.to_dict()
-  for name, unused in (
-    ("sft", c.model.checkpoint),
-    ("held_out", c.data.held_out),
-  ):
-    if unused:
-      sizes["pool"] = sizes.get("pool", 0.0) + sizes.get(name, 0.0)
-      sizes[name] = 0.0
+  unused = dict(sft=c.model.checkpoint, held_out=c.data.held_out)
+  for name in [name for name, given in unused.items() if given]:
+    sizes["pool"] = sizes.get("pool", 0.0) + sizes.get(name, 0.0)
+    sizes[name] = 0.0
   return sizes
+
+
+def _options(c: Any, limit: int = 0) -> LoadOptions:
+  d = c.data
+  return LoadOptions(
+    schema=d.schema,
+    limit=min(filter(None, (limit, d.limit)), default=0),
+    max_bad_fraction=d.max_bad_fraction,
+    fields=d.fields.to_dict(),
+    answer_pairs=d.answer_pairs,
+    skip=tuple(d.skip),
+    choice=choice_of(c),
+    caps=tuple(d.caps),
+    weights=tuple(d.weights),
+    seed=d.seed,
+  )
 
 
 def load_sources(
@@ -129,29 +139,14 @@ def load_sources(
 
   Args:
     c: the config.
-    limit: of each source read so many rows, where the config says no less.
+    limit: of each source read so many rows, unless the config sets fewer.
     held_out: those of its held-out file instead, without caps and weights.
   """
-  d = c.data
-  options = LoadOptions(
-    schema=d.schema,
-    limit=min(filter(None, (limit, d.limit)), default=0),
-    max_bad_fraction=d.max_bad_fraction,
-    fields=d.fields.to_dict(),
-    answer_pairs=d.answer_pairs,
-    skip=tuple(d.skip),
-    choice=choice_of(c),
-    caps=() if held_out else tuple(d.caps),
-    weights=() if held_out else tuple(d.weights),
-    seed=d.seed,
-  )
-  names = [d.held_out] if held_out else sources_of(c)
+  options = _options(c, limit)
+  if held_out:
+    options = dataclasses.replace(options, caps=(), weights=())
+  names = [c.data.held_out] if held_out else sources_of(c)
   return records.load_records(names, options)
-
-
-def first_kind(c: Any) -> str:
-  """ "pairs" or "unpaired": what the first rows of the source are."""
-  return "pairs" if is_world(c) else load_sources(c, limit=20).kind
 
 
 def given_tokenizer(c: Any) -> Tokenizer | None:
@@ -174,16 +169,16 @@ def own_context(c: Any) -> int:
   return _WORLD_CONTEXT if is_world(c) else _OWN_CONTEXT
 
 
-def asked_context(c: Any) -> int:
-  """The longest row that a config asks for; 0: the data stage chooses it."""
+def requested_context(c: Any) -> int:
+  """The longest row that a config sets; 0: the data stage chooses it."""
   return c.model.context or (0 if c.model.checkpoint else own_context(c))
 
 
 def context_of(c: Any, model_context: int) -> int:
-  """`asked_context`, at most what the model was made for."""
+  """`requested_context`, at most what the model was made for."""
   if c.model.checkpoint and c.model.context > model_context:
     raise ConfigError(
       f"model.context={c.model.context} is more than the checkpoint's "
       f"{model_context}; set config.model.context"
     )
-  return asked_context(c)
+  return requested_context(c)

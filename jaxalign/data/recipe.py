@@ -10,6 +10,8 @@ from jaxalign.core.errors import JaxalignError
 from jaxalign.data import prepare
 
 LORA_LR = 2e-4  # of adapters, whatever they are put on
+_PRETRAINED = ("dpo(beta=0.1)", 5e-7)
+_TRAINED_HERE = ("dpo(beta=0.5)+0.2*sft", 4e-4)
 
 
 def settle(c: Any) -> None:
@@ -18,24 +20,18 @@ def settle(c: Any) -> None:
   Args:
     c: the config, changed in place; settling twice changes nothing.
   """
-  given = bool(c.model.checkpoint)
+  loss, lr = _PRETRAINED if c.model.checkpoint else _TRAINED_HERE
   if not c.loss.name:
-    c.loss.name = (
-      "kto"
-      if _kind(c) == "unpaired"
-      else "dpo(beta=0.1)"
-      if given
-      else "dpo(beta=0.5)+0.2*sft"
-    )
+    c.loss.name = "kto" if _is_unpaired(c) else loss
   if c.train.lr == 0:
-    c.train.lr = LORA_LR if c.lora.rank else 5e-7 if given else 4e-4
+    c.train.lr = LORA_LR if c.lora.rank else lr
 
 
-def _kind(c: Any) -> str:
-  """What the rows are; "pairs" if unreadable, which is reported later."""
-  if c.data.assume or not c.data.source:
-    return "pairs"
+def _is_unpaired(c: Any) -> bool:
+  """Whether rows are single answers; unreadable ones are reported later."""
+  if c.data.assume or not c.data.source or prepare.is_world(c):
+    return False
   try:
-    return prepare.first_kind(c)
+    return prepare.load_sources(c, limit=20).kind == "unpaired"
   except JaxalignError:
-    return "pairs"
+    return False

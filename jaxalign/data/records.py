@@ -12,6 +12,7 @@ import hashlib
 import json
 
 import numpy as np
+import pyarrow as pa
 
 from jaxalign.core.errors import ConfigError
 from jaxalign.data import refusals
@@ -30,6 +31,25 @@ from jaxalign.data.source_reader import (
 
 # An id is a digest of these: what else is kept of a row may grow.
 _CONTENT = ("prompt", "chosen", "rejected", "completion", "label", "group")
+
+
+class Places(Mapping):
+  """id -> Where a row stands, in a few bytes a row."""
+
+  def __init__(self, ids: np.ndarray, files: np.ndarray, lines: np.ndarray):
+    self.ids, self.files, self.lines = ids, files, lines  # by id
+
+  def __len__(self) -> int:
+    return len(self.ids)
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self.ids.tolist())
+
+  def __getitem__(self, name: str) -> Where:
+    at = int(np.searchsorted(self.ids, name))
+    if at == len(self.ids) or self.ids[at] != name:
+      raise KeyError(name)
+    return Where(self.files[at], int(self.lines[at]) or None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +92,8 @@ def load_records(
   names = [source] if isinstance(source, str) else list(source)
   options.check(names)
   refused, readings, scores = [], [], _Scores(options)
-  own_ids, digests, places, origin = [], bytearray(), Places(), []
+  own_ids, digests, origin = [], bytearray(), []  # of the rows kept
+  files, lines = [], array.array("q")
 
   def kept():
     kind = None
@@ -92,8 +113,9 @@ def load_records(
           continue
         own_ids.append(own)
         digests.extend(_digest(row))
-        places.add(where)
         origin.append(number)
+        files.append(where.file)
+        lines.append(where.line or 0)
         yield (dict(source=name) if len(names) > 1 else {}) | row
       readings.append(reader.reading())
 
@@ -105,21 +127,21 @@ def load_records(
     raise TooManyRefused(
       f"{label}: {len(refused)} of {seen} rows refused, more than the fraction "
       f"{options.max_bad_fraction} allowed or all: "
-      f"{refusals.by_count(counts)}; first at "
-      f"{refusals.first_refused(refused)}; set config.data.max_bad_fraction, "
-      f"or config.data.schema (now {schemas})",
+      f"{refusals.described(refused)}; set config.data.max_bad_fraction, or "
+      f"config.data.schema (now {schemas})",
       refused,
     )
-  digests = np.frombuffer(bytes(digests), "V32")
-  ids, duplicates, shared = _assign_ids(own_ids, digests)
+  ids, duplicates, shared = _assign_ids(
+    own_ids, np.frombuffer(bytes(digests), "V32")
+  )
+  rows = rows.table.add_column(0, "id", pa.array(ids, pa.large_string()))
+  ids = np.array(ids)
   index, sizes = _within(ids, np.array(origin), len(names), options)
-  index = index[np.argsort(np.array(ids)[index], kind="stable")]
-  left_out = len(rows) - len(index)
-  rows = rows.with_column("id", ids).take(index)
-  kind = "pairs" if "chosen" in rows.table.column_names else "unpaired"
-  places.sort(rows.column("id"), index)
+  index = index[np.argsort(ids[index], kind="stable")]
+  rows = RowTable(rows).take(index)
+  where = Places(ids[index], np.array(files)[index], np.array(lines)[index])
   return Loaded(
-    kind=kind,
+    kind="pairs" if "chosen" in rows.table.column_names else "unpaired",
     schema=schemas,
     rows=rows,
     refused=refused,
@@ -132,41 +154,10 @@ def load_records(
     against_at=scores.against_at,
     contradicted=_contradicted(rows),
     shared_ids=shared,
-    left_out=left_out,
+    left_out=len(ids) - len(index),
     readings=tuple(r._replace(kept=n) for r, n in zip(readings, sizes)),
-    where=places,
+    where=where,
   )
-
-
-class Places(Mapping):
-  """id -> Where a row stands, in two numbers a row."""
-
-  def __init__(self):
-    self._names, self._files = {}, array.array("i")
-    self._lines, self._ids = array.array("q"), np.array([], np.str_)
-
-  def add(self, where: Where) -> None:
-    """The next row's place."""
-    self._files.append(self._names.setdefault(where.file, len(self._names)))
-    self._lines.append(where.line or 0)
-
-  def sort(self, ids: list[str], index: np.ndarray) -> None:
-    """Keeps the places `index` alone; they are those of these sorted ids."""
-    self._ids = np.array(ids, np.str_)
-    self._files = np.array(self._files)[index]
-    self._lines = np.array(self._lines)[index]
-
-  def __len__(self) -> int:
-    return len(self._ids)
-
-  def __iter__(self) -> Iterator[str]:
-    return iter(self._ids.tolist())
-
-  def __getitem__(self, name: str) -> Where:
-    at = int(np.searchsorted(self._ids, name))
-    if at == len(self._ids) or self._ids[at] != name:
-      raise KeyError(name)
-    return Where([*self._names][self._files[at]], int(self._lines[at]) or None)
 
 
 @dataclasses.dataclass
@@ -179,24 +170,21 @@ class _Scores:
   against_at: str = ""
 
   def checked(self, row: dict | Refused, where: Where) -> dict:
-    """The row, its sides changed round where the scores alone decide."""
+    """The row, its sides exchanged where the scores alone decide."""
     if isinstance(row, Refused):
       raise row
-    if "chosen" not in row:
-      return row
     options, margin = self.options, row.get("margin")
-    if options.choice == choices.BY_SCORE:
-      if margin is None:
-        raise Refused("no scores", "of the two answers")
-      if margin == 0:
-        self.tied += 1
-        raise Refused("tied scores", "neither answer won")
-      return flipped(row) if margin < 0 else row
-    if margin is None:
+    by_score = options.choice == choices.BY_SCORE
+    if "chosen" not in row or margin is None and not by_score:
       return row
-    self.tied += margin == 0
-    if margin == 0 and "tied" in options.skip:
-      raise Refused("tied scores", "")
+    if margin is None:
+      raise Refused("no scores", "of the two answers")
+    if margin == 0:
+      self.tied += 1
+      if by_score or "tied" in options.skip:
+        raise Refused("tied scores", "neither answer is better")
+    if margin < 0 and by_score:
+      return flipped(row)
     if margin < 0:
       self.against += 1
       self.against_at = self.against_at or at_line(where)
@@ -206,13 +194,9 @@ class _Scores:
 
 
 def _within(
-  ids: list[str], origin: np.ndarray, sources: int, options: LoadOptions
+  ids: np.ndarray, origin: np.ndarray, sources: int, options: LoadOptions
 ) -> tuple[np.ndarray, list[int]]:
-  """Of each source the rows that its cap and its weight leave, by a hash.
-
-  Returns:
-    Row numbers, and how many there are of each source.
-  """
+  """Row numbers that caps and weights leave, by a hash; and their counts."""
   rows = [np.flatnonzero(origin == k) for k in range(sources)]
   caps, weights = options.caps or [0] * sources, options.weights
   sizes = [min(len(k), int(cap) or len(k)) for k, cap in zip(rows, caps)]
@@ -235,15 +219,14 @@ def _contradicted(rows: RowTable) -> int:
   """Pairs whose reverse, the same two answers the other way round, is there."""
   if "chosen" not in rows.table.column_names:
     return 0
-  texts = [rows.column(name) for name in ("prompt", "chosen", "rejected")]
 
-  def codes(rows):
+  def codes(*names):
+    columns = zip(*(rows.column(name) for name in names))
     digest = lambda row: hashlib.blake2b(repr(row).encode(), digest_size=8)
-    each = b"".join(digest(row).digest() for row in rows)
-    return np.frombuffer(each, np.int64)
+    return np.frombuffer(b"".join(digest(x).digest() for x in columns), "i8")
 
-  turned = codes((p, b, a) for p, a, b in zip(*texts))
-  return int(np.isin(turned, codes(zip(*texts))).sum())
+  turned = codes("prompt", "rejected", "chosen")
+  return int(np.isin(turned, codes("prompt", "chosen", "rejected")).sum())
 
 
 def _digest(row: dict) -> bytes:
@@ -256,37 +239,32 @@ def _digest(row: dict) -> bytes:
 def _assign_ids(
   own: Sequence[str | None], digests: np.ndarray
 ) -> tuple[list[str], int, int]:
-  """Gives every row an id of its own, whatever order they are in.
+  """An id of its own for every row, whatever order they are in.
 
   A row without an id is called by its content; rows that share an id (a
-  prompt's, for instance) by it and their content.
-
-  Args:
-    own: the ids that rows have.
-    digests: [n] of their contents.
-
-  Returns:
-    The ids, how many contents repeat, and how many rows shared an id.
+  prompt's, for instance) by it and their content. Returned with the ids: how
+  many contents repeat, and how many rows shared an id.
   """
   counts = collections.Counter(name for name in own if name is not None)
-  taken = {name for name, n in counts.items() if n == 1}
+  unique = {name for name, n in counts.items() if n == 1}
   _, which = np.unique(digests, return_inverse=True)
   order = np.argsort(which, kind="stable")
   starts = np.flatnonzero(np.diff(which[order], prepend=-1))
   repeat = np.empty(len(own), np.int64)  # how many were alike before
   repeat[order] = np.arange(len(own)) - starts[which[order]]
   numbers: collections.Counter = collections.Counter()
-  ids, shared = [], 0
-  for name, digest, times in zip(own, digests.tolist(), repeat.tolist()):
-    if name is not None and name in taken and counts[name] == 1:
+  ids, taken = [], set(unique)
+  for name, digest, number in zip(own, digests.tolist(), repeat.tolist()):
+    if name in unique:
       ids.append(name)
       continue
     if name is None:
-      stem, number, numbered = digest[:8].hex(), times, True
+      stem = digest[:8].hex()
+      new = f"{stem}-{number}"
     else:
       stem = f"{name}-{digest[:4].hex()}"
-      number, numbered, shared = numbers[stem], numbers[stem] > 0, shared + 1
-    new = f"{stem}-{number}" if numbered else stem
+      number = numbers[stem]
+      new = f"{stem}-{number}" if number else stem
     while new in taken:
       number += 1
       new = f"{stem}-{number}"
@@ -294,6 +272,7 @@ def _assign_ids(
       numbers[stem] = number + 1
     taken.add(new)
     ids.append(new)
+  shared = sum(n for n in counts.values() if n > 1)
   return ids, int((repeat > 0).sum()), shared
 
 
@@ -325,9 +304,8 @@ def split_rows(
   rows = RowTable.of(rows)
   digest = lambda group: hashlib.sha256(f"{seed}:{group}".encode()).digest()[:8]
   bits = np.frombuffer(b"".join(map(digest, rows.column("group"))), ">u8")
-  u = bits.astype(np.float64) / 2.0**64
-  part = np.searchsorted(ends, u, side="right")
-  found = {name: rows.where(part == k) for k, name in enumerate(names)}
+  split = np.searchsorted(ends, bits.astype(np.float64) / 2.0**64, "right")
+  found = {name: rows.where(split == k) for k, name in enumerate(names)}
   return {name: found.get(name, RowTable.of(())) for name in fractions}
 
 

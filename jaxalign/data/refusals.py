@@ -28,25 +28,6 @@ def refusal(
   return row | dict(reason=error.reason, detail=error.detail)
 
 
-def count_reasons(refused: list[dict]) -> dict[str, int]:
-  """How many rows were refused for each reason."""
-  return dict(sorted(collections.Counter(r["reason"] for r in refused).items()))
-
-
-def by_count(counts: Mapping[str, int]) -> str:
-  """Reasons and their counts, the most frequent first."""
-  most = sorted(counts.items(), key=lambda item: -item[1])
-  return ", ".join(f"{reason} {n}" for reason, n in most) or "none"
-
-
-def first_refused(refused: list[dict]) -> str:
-  """Where the first of some refused rows stands, and why it was refused."""
-  if not refused:
-    return "no row"
-  row = refused[0]
-  return f"{row['file']}:{row['line']} ({row['detail'][:80]})"
-
-
 def refused_later(
   row: dict, error: Refused, split: str, where: Mapping[str, Where]
 ) -> dict[str, Any]:
@@ -57,11 +38,9 @@ def refused_later(
   return refusal(at, name, error, split=split)
 
 
-def named_in(error: TooManyRefused, folder: epath.Path) -> DataError:
-  """Writes the refused rows to a file, and the error that names it."""
-  path = folder / "rejected.jsonl"
-  tables.write_refused(path, error.refused)
-  return DataError(f"{error}; {path} names them all")
+def count_reasons(refused: list[dict]) -> dict[str, int]:
+  """How many rows were refused for each reason."""
+  return dict(sorted(collections.Counter(r["reason"] for r in refused).items()))
 
 
 def first_by_reason(refused: list[dict]) -> dict[str, str]:
@@ -72,6 +51,24 @@ def first_by_reason(refused: list[dict]) -> dict[str, str]:
     what = row["detail"] or f"id {row['id']}"
     out.setdefault(row["reason"], f"first{line}, {what}"[:200])
   return out
+
+
+def described(refused: list[dict], first: dict | None = None) -> str:
+  """Reasons, the most frequent first, and where the `first` row stands."""
+  counts = sorted(count_reasons(refused).items(), key=lambda item: -item[1])
+  reasons = ", ".join(f"{reason} {n}" for reason, n in counts) or "none"
+  if not refused:
+    return reasons
+  row = first or refused[0]
+  place = f"{row['file']}:{row['line']}"
+  return f"{reasons}; first at {place} ({row['reason']}: {row['detail']})"
+
+
+def named_in(error: TooManyRefused, folder: epath.Path) -> DataError:
+  """Writes the refused rows to a file, and the error that names it."""
+  path = folder / "rejected.jsonl"
+  tables.write_refused(path, error.refused)
+  return DataError(f"{error}; {path} names them all")
 
 
 def check_late(
@@ -93,31 +90,27 @@ def check_late(
     fits: the context that keeps 99 % of them.
   """
   too_long = [r for r in late if r["reason"].endswith("too long")]
-  wrong = too_long if c.data.too_long == "error" else []
-  for row in (wrong + (late if not c.data.max_bad_fraction else []))[:1]:
-    knob = "max_bad_fraction"
-    if row in too_long and c.data.max_bad_fraction:
-      knob = "too_long"
+  wrong = [(r, "too_long") for r in too_long if c.data.too_long == "error"]
+  if not c.data.max_bad_fraction:
+    wrong = [(r, "max_bad_fraction") for r in [x for x, _ in wrong] + late]
+  for row, knob in wrong[:1]:
     raise DataError(
       f"{row['file']}:{row['line']}: id {row['id']}: {row['reason']}: "
       f"{row['detail']}; repair the row, or set config.data.{knob}"
     )
   before = (len(refused) - len(late)) / summary["seen"]
   fraction = before + (1 - before) * len(late) / max(rows, 1)
-  world = c.data.source == "world"
-  if not late or world or fraction <= c.data.max_bad_fraction:
+  allowed = c.data.max_bad_fraction
+  if not late or c.data.source == "world" or fraction <= allowed:
     return
-  one, longer = late[0], ""
+  longer = ""
   if too_long and c.model.context:
     longer = f" (now {c.model.context:,}; {fits:,} keep 99 % of the rows)"
-  reasons = count_reasons(refused).items()
   error = TooManyRefused(
     f"{summary['source']}: {fraction:.0%} of {summary['seen']} rows refused, "
-    f"more than the fraction {c.data.max_bad_fraction} allowed: "
-    f"{', '.join(f'{n} {reason}' for reason, n in reasons)}; {one['file']}:"
-    f"{one['line']}: {one['reason']}: {one['detail']}; set "
-    "config.data.max_bad_fraction, config.data.template or "
-    f"config.model.context{longer}",
+    f"more than the fraction {allowed} allowed: "
+    f"{described(refused, late[0])}; set config.data.max_bad_fraction, "
+    f"config.data.template or config.model.context{longer}",
     refused,
   )
   raise named_in(error, folder)

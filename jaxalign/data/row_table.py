@@ -25,9 +25,8 @@ def messages_to_json(row: dict, names: Iterable[str] = MESSAGES) -> dict:
 
 def _chunk(rows: Sequence[dict]) -> pa.Table:
   rows = [messages_to_json(row) for row in rows]
-  names = dict.fromkeys(name for row in rows for name in row)
   columns = {}
-  for name in names:
+  for name in dict.fromkeys(name for row in rows for name in row):
     column = pa.array([row.get(name) for row in rows])
     if pa.types.is_string(column.type):  # no end at 2 GB of text
       column = column.cast(pa.large_string())
@@ -43,14 +42,12 @@ class RowTable(Sequence):
 
   @classmethod
   def of(cls, rows: Iterable[dict]) -> "RowTable":
-    """Of dicts, which are read once and let go of."""
+    """Of dicts, each of which is dropped once it is read."""
     if isinstance(rows, cls):
       return rows
-    rows, chunks = iter(rows), []
-    while part := list(itertools.islice(rows, CHUNK)):
-      chunks.append(_chunk(part))
-    if not chunks:
-      return cls(pa.table({}))
+    rows, chunks = iter(rows), [pa.table({})]
+    while chunk := list(itertools.islice(rows, CHUNK)):
+      chunks.append(_chunk(chunk))
     return cls(pa.concat_tables(chunks, promote_options="permissive"))
 
   def __len__(self) -> int:
@@ -91,17 +88,9 @@ class RowTable(Sequence):
       return [None] * len(self)
     return self.table.column(name).to_pylist()
 
-  def with_column(self, name: str, values: Sequence[Any]) -> "RowTable":
-    """With a column put in front, or in the place of one that is there."""
-    column = _chunk([dict(x=value) for value in values]).column("x")
-    if name in self.table.column_names:
-      at = self.table.column_names.index(name)
-      return RowTable(self.table.set_column(at, name, column))
-    return RowTable(self.table.add_column(0, name, column))
-
 
 class TextColumn(Sequence):
-  """The texts of a column, each made when it is asked for."""
+  """The texts of a column, each made when it is read."""
 
   def __init__(self, rows: RowTable, name: str):
     self.column = rows.table.column(name).combine_chunks()

@@ -1,6 +1,6 @@
 """The rows of one source, converted by its schema and the rules of a config."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import itertools
 from typing import Any, NamedTuple
@@ -13,25 +13,23 @@ from jaxalign.data.schemas import (
   BUILT_IN,
   choices,
   detect_schema,
-  layouts,
   Refused,
   Schema,
   SCHEMAS,
 )
-from jaxalign.data.schemas.choices import Undecided
+from jaxalign.data.schemas.choices import check_choice, Undecided
 from jaxalign.data.schemas.convert import (
   convert_pair,
   convert_unpaired,
   is_read,
 )
+from jaxalign.data.schemas.layouts import known_layout
 from jaxalign.data.schemas.mapping import check_fields, remap, roles_of
 from jaxalign.data.schemas.messages import is_messages, unread_keys
 from jaxalign.data.schemas.schema import ANSWER_PAIRS
 from jaxalign.data.sources import read_rows
 
 _PEEK = 1000  # rows looked at before "no schema fits" is believed
-
-
 _TYPES = {
   str: "text",
   bool: "true or false",
@@ -49,7 +47,7 @@ class LoadOptions:
 
   `schema` may be a key of SCHEMAS, "module:function" (a convert of your own,
   which may return a list), or "auto": that of the first row that has one's
-  shape. `caps` and `weights` are of each source, `seed` says which rows stay
+  shape. `caps` and `weights` are of each source, `seed` decides which rows stay
   within them.
   """
 
@@ -72,8 +70,20 @@ class LoadOptions:
         f"{' or '.join(ANSWER_PAIRS)}; set config.data.answer_pairs"
       )
     check_fields(self.fields)
-    choices.check_choice(self.choice)
-    check_shares(sources, self.caps, self.weights)
+    check_choice(self.choice)
+    caps = lambda x: x >= 0
+    weights = lambda x: 0 < x < float("inf")
+    for knob, fits, wanted in (
+      ("caps", caps, "of 0 or more"),
+      ("weights", weights, "above 0"),
+    ):
+      values = getattr(self, knob)
+      good = [type(v) in (int, float) and fits(v) for v in values]
+      if values and (len(values) != len(sources) or not all(good)):
+        raise ConfigError(
+          f"data.{knob}={tuple(values)} for {len(sources)} sources, wanted a "
+          f"number {wanted} for each; set config.data.{knob}"
+        )
 
 
 class SourceReading(NamedTuple):
@@ -87,29 +97,8 @@ class SourceReading(NamedTuple):
   seen: int
 
 
-def check_shares(
-  names: Sequence[str], caps: Sequence[int], weights: Sequence[float]
-) -> None:
-  """Raises ConfigError for caps or weights that do not fit the sources."""
-  for knob, values, wanted in (
-    ("caps", caps, "of 0 or more"),
-    ("weights", weights, "above 0"),
-  ):
-    numbers = [
-      isinstance(v, (int, float))
-      and not isinstance(v, bool)
-      and (v >= 0 if knob == "caps" else 0 < v < float("inf"))
-      for v in values
-    ]
-    if values and (len(values) != len(names) or not all(numbers)):
-      raise ConfigError(
-        f"data.{knob}={tuple(values)} for {len(names)} sources, wanted a "
-        f"number {wanted} for each; set config.data.{knob}"
-      )
-
-
 class SourceReader:
-  """One source on its way: its schema, its columns, what its codes mean.
+  """Reads one source: its schema, its columns, what its codes mean.
 
   A class because a column's codes are settled after its rows were converted.
   """
@@ -119,8 +108,8 @@ class SourceReader:
     rows = iter(read_rows(name, options.limit))
     self.peeked = list(itertools.islice(rows, _PEEK))
     self._rows = itertools.chain(self.peeked, rows)
-    self.fields = dict(options.fields)
-    self.fields |= layouts.known_strength(self.fields) if self.fields else {}
+    self.rule, more = known_layout(options.fields)
+    self.fields = options.fields and {**options.fields, **more}
     if options.schema == "auto":
       self.schema, self.why = self._detected()
     else:
@@ -153,39 +142,31 @@ class SourceReader:
       f"{len(self.peeked)} rows can be read"
     )
 
-  def converted(self) -> Iterable[tuple[Where, str | None, dict | Refused]]:
+  def converted(self) -> Iterator[tuple[Where, str | None, dict | Refused]]:
     """(Where, own id or None, converted row or Refused), some of one row."""
-    entries = []  # from the first row on that another may decide
+    waiting = []  # from the first row on that the codes of others decide
     for where, row in progress.counted(self._rows, f"read {self.name}"):
       self.seen += 1
-      for own, fresh, source in self._convert(where, row):
+      for own, fresh in self._convert(where, row):
         if isinstance(fresh, Refused) and not self.options.max_bad_fraction:
           raise bad_row(where, own, fresh) from fresh
-        if entries or isinstance(fresh, Undecided):
-          entries.append((where, own, fresh, source))
+        if waiting or isinstance(fresh, Undecided):
+          waiting.append((where, own, fresh))
         else:
-          yield where, own, _of_source(fresh, source)
-    rule = self.options.choice or layouts.known_rule(self.fields)
-    rule = rule or self.schema.rule
-    column = self.fields.get(self.schema.code, self.schema.code)
-    undecided = [x for _, _, x, _ in entries if isinstance(x, Undecided)]
-    where = f"{self.name}: the column {column}"
-    table = choices.meanings(undecided, rule, where)
-    for where, own, fresh, source in entries:
+          yield where, own, fresh
+    rule = self.options.choice or self.rule or self.schema.rule
+    column = (self.fields or {}).get(self.schema.code, self.schema.code)
+    undecided = [x for *_, x in waiting if isinstance(x, Undecided)]
+    table = choices.meanings(
+      undecided, rule, f"{self.name}: the column {column}"
+    )
+    for where, own, fresh in waiting:
       if isinstance(fresh, Undecided):
-        side = choices.side_of(fresh, table, rule)
-        label = fresh.sides == choices.LABELS
-        try:
-          if side not in fresh.sides:
-            reason = "bad label" if label else "bad choice"
-            raise Refused(reason, f"{fresh.code!r:.40} in {column}")
-          fresh = fresh.make(side)
-        except Refused as error:
-          fresh = error
-      yield where, own, _of_source(fresh, source)
+        fresh = _decided(fresh, table, rule, column)
+      yield where, own, fresh
 
-  def _convert(self, where: Where, row: Any) -> list[tuple]:
-    """(Own id, converted row, its source) of each pair of a row."""
+  def _convert(self, where: Where, row: Any) -> list[tuple[str | None, Any]]:
+    """(Own id, what a row becomes): a pair, several, or why there is none."""
     own = None
     try:
       if isinstance(row, BadRow):
@@ -194,14 +175,17 @@ class SourceReader:
       own = _own_id(row)
       fresh = self._by_schema(row, where)
     except Refused as error:
-      return [(own, error, None)]
-    out = []
+      return [(own, error)]
+    out, source = [], row.get("source")
+    more = dict(source=source) if isinstance(source, str) else {}
     for item in fresh if isinstance(fresh, list) else [fresh]:
       name = own
       if isinstance(item, dict):
-        item = dict(item)
+        item = item | more
         name = item.pop("id", None) or own
-      out.append((name, item, row.get("source")))
+      elif isinstance(item, Undecided):
+        item = item._replace(more=more)
+      out.append((name, item))
     return out
 
   def _by_schema(self, row: dict, where: Where) -> Any:
@@ -213,7 +197,7 @@ class SourceReader:
     try:
       fresh = schema.convert(row, *arguments)
       if isinstance(fresh, list):
-        return [_or_refused(item) for item in fresh]
+        return [_canonical_or_refused(item) for item in fresh]
       return _canonical(fresh)
     except Refused:
       raise
@@ -242,8 +226,7 @@ class SourceReader:
     for column, value in first.items():
       known = bool(self.fields) or is_read(column, value)
       became = roles.get(column, "not read") if known else "not read"
-      kind = type(value)
-      kind = _TYPES.get(kind, kind.__name__)
+      kind = _TYPES.get(type(value), type(value).__name__)
       kind = "messages" if is_messages(value) else kind
       columns.append(dict(column=str(column), type=kind, became=became))
     for name in sorted(unread):
@@ -252,9 +235,18 @@ class SourceReader:
     return SourceReading(name, schema, self.why, columns, 0, self.seen)
 
 
-def _of_source(fresh: Any, source: Any) -> Any:
-  named = isinstance(fresh, dict) and isinstance(source, str)
-  return dict(fresh, source=source) if named else fresh
+def _decided(
+  row: Undecided, table: Mapping[str, str], rule: Any, column: str
+) -> dict | Refused:
+  """The row whose code means one of the sides, or why there is none."""
+  side = choices.side_of(row, table, rule)
+  if side not in row.sides:
+    reason = "bad label" if row.sides == choices.LABELS else "bad choice"
+    return Refused(reason, f"{row.code!r:.40} in {column}")
+  try:
+    return row.make(side) | row.more
+  except Refused as error:
+    return error
 
 
 def _own_id(row: Mapping) -> str | None:
@@ -267,7 +259,7 @@ def _own_id(row: Mapping) -> str | None:
   return str(value)
 
 
-def _or_refused(fresh: Any) -> dict[str, Any] | Refused:
+def _canonical_or_refused(fresh: Any) -> dict[str, Any] | Refused:
   try:
     return fresh if isinstance(fresh, Refused) else _canonical(fresh)
   except Refused as error:
@@ -286,6 +278,7 @@ def _canonical(fresh: dict) -> dict[str, Any]:
 
 
 def bad_row(where: Where, own: str | None, error: Refused) -> DataError:
+  """The error that a refused row is where none may be."""
   return DataError(
     f"{at_line(where)}: id {own or '(none)'}: {error}; repair the row, or set "
     "config.data.max_bad_fraction"
@@ -293,4 +286,5 @@ def bad_row(where: Where, own: str | None, error: Refused) -> DataError:
 
 
 def at_line(where: Where) -> str:
+  """A place as `file:line`."""
   return f"{where.file}:{where.line}"

@@ -9,6 +9,7 @@ The first rows of a large file cost no more than those of a small one.
 import codecs
 import gzip
 import hashlib
+import itertools
 import json
 import re
 from typing import Any, BinaryIO
@@ -26,7 +27,8 @@ _SPLIT = r"[\w-]+(?:\[[^\]]*\])?"  # train, or train[:10%]
 _BROKEN_GZIP = (EOFError, gzip.BadGzipFile, zlib.error)
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _ENOUGH = 1 << 23  # bytes of rows that tell how long a row is
-_HF_ROWS = 100  # of a dataset, looked at together
+_HF_ROWS = 100  # of a dataset, read together
+_DATASETS = ("hf:", "tfds:")
 
 
 def read_rows(source: str, limit: int = 0) -> RowIterator:
@@ -55,17 +57,10 @@ def read_rows(source: str, limit: int = 0) -> RowIterator:
 
 def source_files(source: str) -> list[str]:
   """The files behind `source`, sorted by name; none for hf: and tfds:."""
-  if not isinstance(source, str) or not source:
-    raise ConfigError(
-      f"data source {source!r}: wanted a path, a glob, hf:<name> or "
-      f"tfds:<name>; {_KNOB}"
-    )
-  if _is_dataset(source):
+  if wrong := _unknown_kind(source):
+    raise ConfigError(f"data source {source!r} {wrong}; {_KNOB}")
+  if source.startswith(_DATASETS):
     return []
-  if not source.endswith(EXTENSIONS):
-    raise ConfigError(
-      f"data source {source!r} ends in none of {', '.join(EXTENSIONS)}; {_KNOB}"
-    )
   path = epath.Path(source)
   if re.search(r"[*?\[]", source) and not path.exists():
     return _glob(source)  # a real name may hold a bracket
@@ -77,6 +72,21 @@ def source_files(source: str) -> list[str]:
       f"{source}/*.jsonl; {_KNOB}"
     )
   return [source]
+
+
+def _unknown_kind(source: str) -> str:
+  """Why a source is of no known kind; "" where it is."""
+  if not isinstance(source, str) or not source:
+    return "is not a path, a glob, hf:<name> or tfds:<name>"
+  prefix, colon, rest = source.partition(":")
+  if source.startswith(_DATASETS):
+    return "" if rest.strip(":") else f"names no dataset, {prefix}:<name>"
+  named = colon and re.fullmatch("[A-Za-z0-9_+-]+", prefix)
+  if named and not source.startswith(("gs://", "s3://", "file://")):
+    known = "hf:, tfds:, gs://, or a path"
+    return f"has the unknown prefix {prefix + ':'!r}; known: {known}"
+  ends = ", ".join(EXTENSIONS)
+  return "" if source.endswith(EXTENSIONS) else f"ends in none of {ends}"
 
 
 def source_digest(source: str) -> str:
@@ -94,15 +104,15 @@ def source_digest(source: str) -> str:
   if not files:
     digest.update(source.encode())
     for _, row in read_rows(source):
-      digest.update(json.dumps(row, sort_keys=True, default=str).encode())
-      digest.update(b"\n")
+      text = json.dumps(row, sort_keys=True, default=str)
+      digest.update(f"{text}\n".encode())
   return digest.hexdigest()
 
 
 def count_rows(source: str, rows_read: int = 10_000) -> tuple[int, bool]:
   """How many rows a source holds, and whether that is exact.
 
-  Parquet files, hf: and tfds: say it. Of other files the first rows are read,
+  Parquet files, hf: and tfds: know it. Of other files the first rows are read,
   and the bytes that they took (compressed, of .gz) stand for the rest.
 
   Args:
@@ -141,26 +151,6 @@ def count_rows(source: str, rows_read: int = 10_000) -> tuple[int, bool]:
   return rows + round(left * read / max(used, 1)), not left
 
 
-def _is_dataset(source: str) -> bool:
-  """Whether it is hf: or tfds:; an unknown prefix is a ConfigError."""
-  prefix, colon, rest = source.partition(":")
-  if not colon or not re.fullmatch("[A-Za-z0-9_+-]+", prefix):
-    return False
-  if prefix in ("hf", "tfds"):
-    if rest.strip(":"):
-      return True
-    raise ConfigError(
-      f"data source {source!r} names no dataset, wanted "
-      f"{prefix}:<name>[:split]; {_KNOB}"
-    )
-  if prefix in ("gs", "s3", "file") and rest.startswith("//"):
-    return False
-  raise ConfigError(
-    f"data source {source!r} has the unknown prefix {prefix + ':'!r}; known: "
-    f"hf:, tfds:, gs://, or a path; {_KNOB}"
-  )
-
-
 def _glob(source: str) -> list[str]:
   parts = epath.Path(source).parts
   first = next(i for i, x in enumerate(parts) if re.search(r"[*?\[]", x))
@@ -173,13 +163,11 @@ def _glob(source: str) -> list[str]:
 
 
 def _read(source: str, files: list[str], limit: int) -> RowIterator:
-  number = 0
-  for row in _all_rows(source, files):
+  empty = True
+  for row in itertools.islice(_all_rows(source, files), limit or None):
+    empty = False
     yield row
-    number += 1
-    if number == limit:
-      return
-  if not number:
+  if empty:
     raise DataError(f"data source {source} holds no rows; {_KNOB}")
 
 
@@ -201,13 +189,11 @@ def _file_rows(name: str, raw: BinaryIO) -> RowIterator:
       raise DataError(f"data file {name} is empty (0 bytes); {_KNOB}")
     raw.seek(0)
     file = gzip.GzipFile(fileobj=raw) if stem != name else raw
-    if reader is not formats.read_parquet_rows:
-      start = file.read(2)
-      file.seek(0)
-      if start in _UTF_16:
-        raise DataError(
-          f"data file {name} is UTF-16, wanted UTF-8; save it again as UTF-8"
-        )
+    if file.read(2) in _UTF_16:
+      raise DataError(
+        f"data file {name} is UTF-16, wanted UTF-8; save it again as UTF-8"
+      )
+    file.seek(0)
     for where, row in reader(name, file):
       yield where, row
       good += not isinstance(row, BadRow)
@@ -273,11 +259,11 @@ def _dataset_rows(source: str) -> RowIterator:
       yield Where(source, number + 1), row
     return
   for start in range(0, len(table), _HF_ROWS):
-    part = slice(start, min(start + _HF_ROWS, len(table)))
+    rows = slice(start, min(start + _HF_ROWS, len(table)))
     try:
-      columns = table[part]
-      rows = [dict(zip(columns, row)) for row in zip(*columns.values())]
+      columns = table[rows]
+      found = [dict(zip(columns, row)) for row in zip(*columns.values())]
     except Exception:  # a value that Python cannot hold; the others are good
-      rows = formats.arrow_rows(table.with_format("arrow")[part])
-    for number, row in enumerate(rows, start + 1):
+      found = formats.arrow_rows(table.with_format("arrow")[rows])
+    for number, row in enumerate(found, start + 1):
       yield Where(source, number), row

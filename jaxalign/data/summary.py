@@ -11,15 +11,14 @@ from jaxalign.data.records import Loaded
 from jaxalign.data.tokens import TokenRows
 
 SHOWN = 2  # rows that are shown as they were understood
-_AGAINST = (
-  "pairs whose rejected answer scores higher than the chosen one "
-  "(config.data.skip=('contradicting',) leaves them out)"
-)
 _COUNTS = dict(
-  against_scores=_AGAINST,
+  against_scores=(
+    "pairs whose rejected answer scores higher than the chosen one "
+    "(config.data.skip=('contradicting',) leaves them out)"
+  ),
   tied_scores="pairs with equal scores (config.data.skip=('tied',))",
   contradicted="pairs whose reverse is there too: A over B and B over A",
-  shared_ids="rows that share an id with another: told apart by their content",
+  shared_ids="rows that share an id with another and are named by content too",
   duplicates="rows whose whole content an earlier one has",
   left_out="rows left out by config.data.caps and weights",
 )
@@ -31,26 +30,19 @@ def data_summary(
   """What was read and kept, as JSON: counts, lengths, refusals, splits."""
   rows = loaded.rows
   sides = ("chosen", "rejected") if loaded.kind == "pairs" else ("completion",)
-  characters = dict(
-    prompt=_quantiles([rows.column("prompt")]),
-    response=_quantiles([rows.column(side) for side in sides]),
-  )
-  summary = dict(
-    source=loaded.source,
-    kind=loaded.kind,
-    schema=loaded.schema,
-    seen=loaded.seen,
+  names = ("source", "kind", "schema", "seen", "duplicates", "contradicted")
+  summary = {n: getattr(loaded, n) for n in (*names, "shared_ids", "left_out")}
+  summary |= dict(
     kept=len(rows),
     refused=len(loaded.refused),
     refused_by_reason=loaded.counts,
-    duplicates=loaded.duplicates,
     groups=len({*rows.column("group")}),
-    rows_by_split={name: len(part) for name, part in splits.items()},
-    characters=characters,
+    rows_by_split={name: len(split) for name, split in splits.items()},
+    characters=dict(
+      prompt=_quantiles(rows.column("prompt")),
+      response=_quantiles([x for side in sides for x in rows.column(side)]),
+    ),
     readings=[r._asdict() for r in loaded.readings],
-    contradicted=loaded.contradicted,
-    shared_ids=loaded.shared_ids,
-    left_out=loaded.left_out,
   )
   if any(margin is not None for margin in rows.column("margin")):
     summary |= dict(tied_scores=loaded.tied, against_scores=loaded.against)
@@ -60,12 +52,12 @@ def data_summary(
   return summary
 
 
-def _quantiles(columns: list[list[str]]) -> dict[str, float]:
+def _quantiles(texts: list[str]) -> dict[str, float]:
   """Of the characters of texts."""
-  sizes = [np.fromiter(map(len, texts), np.int64) for texts in columns]
-  if not sizes or not len(sizes[0]):
+  if not texts:
     return {}
-  low, middle, high = np.percentile(np.concatenate(sizes), [5, 50, 95])
+  sizes = np.fromiter(map(len, texts), np.int64)
+  low, middle, high = np.percentile(sizes, [5, 50, 95])
   return dict(p5=float(low), p50=float(middle), p95=float(high))
 
 
@@ -89,21 +81,8 @@ def decoded_rows(
 
 def summary_lines(summary: Mapping[str, Any]) -> list[str]:
   """What a person should see of how rows were read, a line each."""
-  lines, read = [], bool(summary.get("readings"))
-  for one in summary.get("readings", ()):
-    kept, seen = one["kept"], one["seen"]
-    rows = f"{kept:,} rows kept of {seen:,}"
-    if kept > seen:
-      rows = f"{kept:,} pairs kept, of {seen:,} rows"
-    name = one["source"]
-    lines.append(f"{name}: read as {one['schema']} ({one['why']}); {rows}")
-    used = [x for x in one["columns"] if x["became"] != "not read"]
-    roles = [f"{x['column']} -> {x['became']}" for x in used]
-    lines.append(f"  columns: {'; '.join(roles)}")
-    left = [x for x in one["columns"] if x["became"] == "not read"]
-    if left:
-      names = [f"{x['column']} ({x['type']})" for x in left]
-      lines.append(f"  not read: {', '.join(names)}")
+  lines = [line for x in summary.get("readings", ()) for line in _reading(x)]
+  read = bool(lines)
   if summary.get("refused") and read:
     lines.append(f"refused: {summary['refused']:,} of {summary['seen']:,} rows")
     lines += _reasons(summary)
@@ -126,6 +105,24 @@ def summary_lines(summary: Mapping[str, Any]) -> list[str]:
     names = [n for n in ("prompt", *ANSWERS, "label") if n in row]
     lines += [f"  {name:<10} {_clipped(row[name])}" for name in names]
   return lines
+
+
+def _reading(reading: Mapping[str, Any]) -> list[str]:
+  """How one source was read."""
+  kept, seen = reading["kept"], reading["seen"]
+  rows = f"{kept:,} rows kept of {seen:,}"
+  if kept > seen:
+    rows = f"{kept:,} pairs kept, of {seen:,} rows"
+  used, left = [], []
+  for x in reading["columns"]:
+    if x["became"] == "not read":
+      left.append(f"{x['column']} ({x['type']})")
+    else:
+      used.append(f"{x['column']} -> {x['became']}")
+  how = f"read as {reading['schema']} ({reading['why']})"
+  lines = [f"{reading['source']}: {how}; {rows}"]
+  lines.append(f"  columns: {'; '.join(used)}")
+  return lines + [f"  not read: {', '.join(left)}"] * bool(left)
 
 
 def _reasons(summary: Mapping[str, Any]) -> list[str]:

@@ -1,6 +1,7 @@
 """Rows on disk: tables of records, and of what was refused."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+import contextlib
 import json
 
 from etils import epath
@@ -48,7 +49,7 @@ def as_read(rows: list[dict]) -> list[dict]:
   Where every row has turns, `prompt`, `chosen`, `rejected` and `completion`
   are lists of messages (TRL's conversational form), or the JSON of them where
   one holds a call of a tool, whose arguments no table could keep. Else they
-  are the texts, with their turns beside them.
+  are the texts, and their turns a column.
   """
   if not rows or not all(row.get("turns") for row in rows):
     return rows
@@ -64,75 +65,65 @@ def as_read(rows: list[dict]) -> list[dict]:
     plain = plain and all(is_plain(m) for x in made.values() for m in x)
     kept = {k: v for k, v in row.items() if k not in ("turns", "answers")}
     out.append(kept | made)
-  return (
-    out
-    if plain
-    else [messages_to_json(row, ("prompt", *_SIDES)) for row in out]
-  )
+  if plain:
+    return out
+  return [messages_to_json(row, ("prompt", *_SIDES)) for row in out]
 
 
-def _read(path: epath.PathLike, columns: list[str] | None = None) -> pa.Table:
-  with epath.Path(path).open("rb") as file:
-    table = pq.ParquetFile(file, page_checksum_verification=True)
-    return table.read(columns)
+@contextlib.contextmanager
+def _opened(path: epath.PathLike, what: str) -> Iterator[pq.ParquetFile]:
+  """A table; CorruptError where it is missing, truncated or no table."""
+  try:
+    with epath.Path(path).open("rb") as file:
+      yield pq.ParquetFile(file, page_checksum_verification=True)
+  except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+    raise CorruptError(
+      f"{what} {path} cannot be read: {str(error)[:200]}; delete it and run "
+      "the stage that wrote it again"
+    ) from error
 
 
 def read_table(path: epath.PathLike) -> list[dict]:
   """The rows that `write_rows` wrote.
 
   Raises:
-    CorruptError: missing, truncated, or no parquet file.
+    CorruptError: missing, truncated, or no parquet file; of all that follow.
   """
   return list(read_row_table(path))
 
 
 def read_row_table(path: epath.PathLike) -> RowTable:
   """As `read_table`, but no row is a dict before it is read."""
-  try:
-    return RowTable(_read(path))
-  except (pa.ArrowException, OSError, ValueError) as error:
-    raise CorruptError(
-      f"table {path} cannot be read: {str(error)[:200]}; delete it and run the "
-      "data stage again"
-    ) from error
+  with _opened(path, "table") as table:
+    return RowTable(table.read())
 
 
 def read_column(path: epath.PathLike, name: str) -> list:
-  """One column of what `write_rows` wrote; the others are not read.
-
-  Raises:
-    CorruptError: missing, truncated, or no parquet file.
-  """
-  try:
-    return _read(path, [name]).column(name).to_pylist()
-  except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
-    raise CorruptError(
-      f"column {name} of {path} cannot be read: {str(error)[:200]}; delete it "
-      "and run the stage that wrote it again"
-    ) from error
+  """One column of what `write_rows` wrote; the others are not read."""
+  with _opened(path, f"column {name} of") as table:
+    return table.read([name]).column(name).to_pylist()
 
 
 def read_some(path: epath.PathLike, index: np.ndarray) -> RowTable:
   """The rows of these numbers, in that order; one row group is held at once."""
   index = np.asarray(index, np.int64)
   order = np.argsort(index, kind="stable")
-  with epath.Path(path).open("rb") as file:
-    table = pq.ParquetFile(file, page_checksum_verification=True)
-    parts, start = [table.schema_arrow.empty_table()], 0
+  with _opened(path, "table") as table:
+    chunks, start = [table.schema_arrow.empty_table()], 0
     for group in range(table.num_row_groups):
       stop = start + table.metadata.row_group(group).num_rows
       low, high = np.searchsorted(index[order], (start, stop))
       if low < high:
         rows = RowTable(table.read_row_group(group))
-        parts.append(rows.take(index[order[low:high]] - start).table)
+        chunks.append(rows.take(index[order[low:high]] - start).table)
       start = stop
-  return RowTable(pa.concat_tables(parts)).take(np.argsort(order))
+  return RowTable(pa.concat_tables(chunks)).take(np.argsort(order))
 
 
 def column_names(path: epath.PathLike) -> list[str]:
   """The names of the columns that `write_rows` wrote."""
-  with epath.Path(path).open("rb") as file:
-    return pq.ParquetFile(file).schema_arrow.names
+  with _opened(path, "table") as table:
+    return table.schema_arrow.names
 
 
 def write_refused(path: epath.PathLike, refused: Iterable[dict]) -> None:

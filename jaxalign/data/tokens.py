@@ -334,6 +334,15 @@ def pad_rows(
   return tokens, valid & (column >= rows.start[index][:, None])
 
 
+def join_rows(
+  ids: Sequence[np.ndarray], start: Sequence[int], cut: Any = 0
+) -> TokenRows:
+  """Rows of ids [n] with where each response begins, and what was cut."""
+  offsets = np.cumsum([0] + [len(i) for i in ids])
+  cut = np.broadcast_to(np.int32(cut), len(ids))
+  return TokenRows(np.concatenate(ids), offsets, np.int32(start), cut)
+
+
 def take_rows(rows: TokenRows, index: np.ndarray) -> TokenRows:
   """Rows `index` [m] alone, in that order."""
   index = np.asarray(index, np.int64)

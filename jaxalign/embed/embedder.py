@@ -2,8 +2,8 @@
 
 With the reference whole, one pass yields the embedding and the reference's
 log-probabilities. Its first layers, another decoder or an encoder yield the
-embedding alone; the reference then runs over the kept rows only, or, where a
-sampler reads its log-probabilities, over all in the pass that embeds them.
+embedding alone; the reference then runs over the selected rows only, or, where
+a sampler reads its log-probabilities, over all in the pass that embeds them.
 """
 
 from collections.abc import Callable
@@ -18,9 +18,13 @@ from jaxalign.core import hub, progress, sharding
 from jaxalign.core.errors import ConfigError
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data.tokenizer import load_tokenizer
-from jaxalign.embed import passes
+from jaxalign.embed import passes, texts
+from jaxalign.embed.passes import PassOptions
 from jaxalign.model import decoder, encoder, families, hf, weights
 from jaxalign.model.flops import decoder_flops, encoder_flops
+
+# The files of token rows that a stage makes for itself.
+TOKENS = [f"tokens.{field}.npy" for field in tokens_lib.TokenRows._fields]
 
 
 class Embedder(NamedTuple):
@@ -29,7 +33,6 @@ class Embedder(NamedTuple):
   model: decoder.ModelConfig | encoder.EncoderConfig
   folder: str  # "": the reference, or its first layers
   pooling: str
-  alone: bool  # it yields no log-probabilities of the reference
   answers: bool = False  # of an encoder: it reads the answers alone
 
 
@@ -54,7 +57,7 @@ def first_layers(m: decoder.ModelConfig, layers: int) -> decoder.ModelConfig:
 
 
 def choose(c: Any, reference: decoder.ModelConfig) -> Embedder:
-  """The embedder that a config asks for; reads its config.json.
+  """The embedder of a config; reads its config.json.
 
   Raises:
     ConfigError: an unknown model, too many layers, or a pooling that this
@@ -69,21 +72,19 @@ def choose(c: Any, reference: decoder.ModelConfig) -> Embedder:
         f"{given} is a {kind}; set config.embed.layers=0"
       )
     m = _encoder(given, "" if pooling in ("auto", "response") else pooling)
-    return Embedder(m, given, m.pooling, True, pooling == "response")
+    return Embedder(m, given, m.pooling, pooling == "response")
   if pooling not in passes.POOLINGS:
     raise ConfigError(
       f"embed.pooling={pooling!r} is not of a decoder, wanted "
-      f"{' or '.join(passes.POOLINGS)}; set "
-      "config.embed.pooling"
+      f"{' or '.join(passes.POOLINGS)}; set config.embed.pooling"
     )
   if by_reference(c):
     m = first_layers(reference, layers) if layers else reference
-    return Embedder(m, "", pooling, alone(c))
+    return Embedder(m, "", pooling)
   m = hf.read_config(given, c.model.dtype, "none")
-  m = m._replace(
-    context=min(m.context, c.model.context), attention=reference.attention
-  )
-  return Embedder(first_layers(m, layers or m.layers), given, pooling, True)
+  context = min(m.context, c.model.context)
+  m = m._replace(context=context, attention=reference.attention)
+  return Embedder(first_layers(m, layers or m.layers), given, pooling)
 
 
 def of_answers(e: Embedder) -> Embedder:
@@ -115,25 +116,6 @@ def _encoder(given: str, pooling: str) -> encoder.EncoderConfig:
     )
 
 
-def digest_names(e: Embedder) -> list[str]:
-  """The files that an embedding depends on, of a model of its own."""
-  return sorted(
-    p.name
-    for p in hub.resolve(e.folder).iterdir()
-    if p.name.endswith((".json", ".model", ".safetensors"))
-  )
-
-
-def files(e: Embedder) -> list[str]:
-  """What `run` leaves beside the embedding."""
-  own = e.folder and isinstance(e.model, decoder.ModelConfig)
-  return (
-    [f"tokens.{field}.npy" for field in tokens_lib.TokenRows._fields]
-    if own
-    else []
-  )
-
-
 def first_weights(
   m: decoder.ModelConfig, params: decoder.Params
 ) -> decoder.Params:
@@ -145,18 +127,18 @@ def first_weights(
   }
 
 
-def load(e: Embedder, mesh: jax.sharding.Mesh) -> decoder.Params:
+def load_decoder(e: Embedder, mesh: jax.sharding.Mesh) -> decoder.Params:
   """Another decoder's parameters; of a longer one the layers that run."""
   m, layer = e.model, re.compile(r"\.layers\.(\d+)\.")
   whole = families.decoder_layout(m)
 
   def rename(name):
     name = whole.rename(name)
-    found = name and layer.search(name)
-    return None if found and int(found[1]) >= m.layers else name
+    match = name and layer.search(name)
+    return None if match and int(match[1]) >= m.layers else name
 
-  layout = whole._replace(rename=rename)
-  return weights.load_weights(e.folder, layout, mesh, jnp.dtype(m.dtype))
+  layout, dtype = whole._replace(rename=rename), jnp.dtype(m.dtype)
+  return weights.load_weights(e.folder, layout, mesh, dtype)
 
 
 def encode(e: Embedder, rows: list[dict]) -> tokens_lib.TokenRows:
@@ -167,30 +149,22 @@ def encode(e: Embedder, rows: list[dict]) -> tokens_lib.TokenRows:
   first token is known.
   """
   tok = load_tokenizer(hub.resolve(e.folder))
-  ids, bos = [], [tok.bos] if tok.bos >= 0 else []
-  room = e.model.context - len(bos)
-  start, apart = [], e.pooling == "response"
-  texts, answers = texts_of(rows), texts_of(rows, answers=True)
-  with progress.bar("tokenize", len(texts)) as tick:
-    for at in range(0, len(texts), 1024):
-      part, tails = texts[at : at + 1024], answers[at : at + 1024]
+  ids, start, bos = [], [], [tok.bos] if tok.bos >= 0 else []
+  room, apart = e.model.context - len(bos), e.pooling == "response"
+  whole, answers = texts_of(rows), texts_of(rows, answers=True)
+  with progress.bar("tokenize", len(whole)) as tick:
+    for at in range(0, len(whole), 1024):
+      heads, tails = whole[at : at + 1024], answers[at : at + 1024]
       if apart:
-        heads = tok.encode_many(
-          [text[: len(text) - len(answer)] for text, answer in zip(part, tails)]
-        )
+        heads = [x[: len(x) - len(end)] for x, end in zip(heads, tails)]
         tails = tok.encode_responses(tails)
       else:
-        heads, tails = tok.encode_many(part), [[]] * len(part)
-      for head, tail in zip(heads, tails):
+        tails = [[]] * len(heads)
+      for head, tail in zip(tok.encode_many(heads), tails):
         ids.append(np.array(bos + (head + tail)[-room:], np.int32))
         start.append(len(ids[-1]) - min(len(tail), room) if apart else 0)
-      tick(len(part))
-  return tokens_lib.TokenRows(
-    np.concatenate(ids),
-    np.cumsum([0] + [len(i) for i in ids]),
-    np.array(start, np.int32),
-    np.zeros(len(ids), np.int32),
-  )
+      tick(len(heads))
+  return tokens_lib.join_rows(ids, start)
 
 
 def texts_of(rows: list[dict], answers: bool = False) -> list[str]:
@@ -203,7 +177,19 @@ def texts_of(rows: list[dict], answers: bool = False) -> list[str]:
   ]
 
 
-def prepare(job: Any, e: Embedder, folder: Any) -> tuple[Callable, int, int]:
+def token_rows_of(
+  folder: Any, make: Callable[[], tokens_lib.TokenRows]
+) -> tokens_lib.TokenRows:
+  """Token rows that process 0 makes of texts, which it alone reads."""
+  if jax.process_index() == 0:
+    tokens_lib.save_rows(folder, "tokens", make())
+  sharding.barrier("tokens of a stage")
+  return tokens_lib.load_rows(folder, "tokens")
+
+
+def prepare(
+  job: Any, e: Embedder, folder: Any
+) -> tuple[Callable[[PassOptions], np.ndarray], int, int]:
   """What embeds the pool where the reference does not.
 
   Args:
@@ -212,56 +198,40 @@ def prepare(job: Any, e: Embedder, folder: Any) -> tuple[Callable, int, int]:
     folder: of the embed stage; gets the tokens of a foreign decoder.
 
   Returns:
-    `run(parts, tick) -> [n, E]` float32, this process's part of the rows; and
-    the flops and tokens of all rows.
+    A function that gives this process's rows [n, E] float32; and the flops and
+    tokens of all rows.
   """
-  c, ids = job.c, job.column("pool", "id")
   if isinstance(e.model, encoder.EncoderConfig):
-    from jaxalign.embed import texts  # needs the `tokenizers` package
-
     params, m, tok = texts.read_encoder(e.folder, job.mesh, pooling=e.pooling)
-    asked = texts_of(job.rows("pool"), e.answers)
-    sizes = [len(x.ids) for x in tok.encode_batch_fast(asked)]
+    given = texts_of(job.rows("pool"), e.answers)
+    sizes = [len(x.ids) for x in tok.encode_batch_fast(given)]
 
-    def encoded(parts, tick):
-      index = np.concatenate(parts)
-      x = texts.embed_texts(
-        job.mesh,
-        params,
-        m,
-        tok,
-        [asked[i] for i in index],
-        tile=16 * c.embed.tile,
-      )
-      ends = np.cumsum([len(part) for part in parts])
-      tick(len(index))
+    def encoded(options):
+      index, tile = np.concatenate(options.by_process), 16 * options.tile
+      some = [given[i] for i in index]
+      x = texts.embed_texts(job.mesh, params, m, tok, some, tile=tile)
+      options.tick(len(index))
+      ends = np.cumsum([len(rows) for rows in options.by_process])
       return np.split(x, ends[:-1])[jax.process_index()]
 
-    return (encoded, sum(encoder_flops(m, s) for s in sizes), sum(sizes))
-  if jax.process_index() == 0:
-    tokens_lib.save_rows(folder, "tokens", encode(e, job.rows("pool")))
-  sharding.barrier("embedder's tokens")
-  rows = tokens_lib.load_rows(folder, "tokens")
-  params = load(e, job.mesh)
+    return encoded, sum(encoder_flops(m, s) for s in sizes), sum(sizes)
+  rows = token_rows_of(folder, lambda: encode(e, job.rows("pool")))
+  params = load_decoder(e, job.mesh)
 
-  def pooled(parts, tick):
-    return passes.pool_rows(
-      job.mesh,
-      params,
-      e.model,
-      rows,
-      pooling=e.pooling,
-      tile=c.embed.tile,
-      ids=ids,
-      parts=parts,
-      tick=tick,
+  def pooled(options):
+    options = options._replace(pooling=e.pooling)
+    found = passes.pass_rows(
+      job.mesh, params, e.model, rows, ["embedding"], options
     )
+    return found["embedding"]
 
-  return pooled, passes.flops(e.model, rows, 0), len(rows.ids)
+  flops = passes.pass_flops(e.model, rows, ["embedding"])
+  return pooled, flops, len(rows.ids)
 
 
 def flops(e: Embedder, tokens: int) -> int:
   """Floating-point operations of one row through a model that only embeds."""
+  length = min(tokens, e.model.context)
   if isinstance(e.model, encoder.EncoderConfig):
-    return encoder_flops(e.model, min(tokens, e.model.context))
-  return decoder_flops(e.model, min(tokens, e.model.context), 0)
+    return encoder_flops(e.model, length)
+  return decoder_flops(e.model, length, 0)

@@ -1,9 +1,9 @@
 """Passes of a model over the whole pool, kept in a store of shards.
 
-What the reference says of a row comes of one pass: the stages of KEEPS that a
-job asks for and has not finished run together, each into a store of its own,
-and a stage that is asked for later runs alone. A pass stops after the layers
-that its outputs need.
+What the reference gives of a row comes of one pass: the stages of KEEPS that a
+job reads and has not finished run together, each into a store of its own, and
+one that is read later runs alone. A pass stops after the layers that its
+outputs need.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,6 +19,7 @@ from jaxalign.core.settings import pick
 from jaxalign.core.stage import JobSizes, Made, Price
 from jaxalign.embed import embedder, passes
 from jaxalign.embed import store as stores
+from jaxalign.embed.passes import PassOptions
 from jaxalign.embed.store import ArraySpec
 from jaxalign.model import encoder
 from jaxalign.model.job import Job
@@ -26,118 +27,66 @@ from jaxalign.model.job import Job
 CALLS = 32  # of the model at least, between two moments of writing
 # What each stage keeps of a pass, in the order in which a pass is paid for.
 # `logps` is for embeddings of first layers, which need no output matrix;
-# `embed` keeps what it says where all layers run anyway.
+# `embed` keeps its columns where all layers run anyway.
 KEEPS = {
   "embed": ("embedding", "logp", "count"),
   "logps": ("logp", "count"),
   "answer": ("answer_embedding",),
   "residual": ("residual", "least"),
 }
-
-
-def by_reference(c: Any, stage: str) -> bool:
-  """Whether it is the reference that a stage of KEEPS runs."""
-  return embedder.by_reference(c) or stage in ("logps", "residual")
-
-
-def kept(c: Any, stage: str) -> tuple[str, ...]:
-  """The outputs that a stage of KEEPS keeps of a pass."""
-  if stage == "embed" and embedder.alone(c):
-    return ("embedding",)
-  return KEEPS[stage]
-
-
-def shares(
-  c: Any, names: Sequence[str], of: Callable[[tuple[str, ...]], Any]
-) -> dict[str, Any]:
-  """What each of the reference's stages adds to the pass they share.
-
-  Args:
-    c: the config.
-    names: stages; those that the reference does not run are left out.
-    of: outputs -> flops of a pass for them.
-
-  Returns:
-    Stage -> flops, in the order of KEEPS; their sum is the pass.
-  """
-  found, outputs, spent = {}, (), 0
-  for name in (n for n in KEEPS if n in names and by_reference(c, n)):
-    outputs += kept(c, name)
-    total = of(outputs)
-    found[name], spent = total - spent, total
-  return found
+Make = Callable[[PassOptions], dict[str, np.ndarray]]
 
 
 def over_shards(
-  job: Job,
-  folder: Any,
-  stage: str,
-  fields: dict[str, Any],
-  columns: dict[str, ArraySpec],
-  rows_a_call: int,
-  make: Callable[[list[np.ndarray], Callable], dict],
-) -> list:
-  """Makes the shards of a store that are not there yet.
+  job: Job, columns: dict[str, dict[str, ArraySpec]], make: Make
+) -> list[str]:
+  """Makes the shards that the stores of some stages lack, each shard once.
+
+  A killed stage resumes at the next shard.
 
   Args:
     job: the run.
-    folder: of the stage; the store is its folder `store`.
-    stage: its name, on the progress bar.
-    fields: what makes the numbers.
-    columns: of the store, a row for each record.
-    rows_a_call: rows of the model that all devices take at once.
-    make: `make(parts, tick)`, with the token rows for each process, the
-      responses of a record side by side -> column -> this process's numbers
-      [rows, ...]. All processes call it equally often.
+    columns: stage -> its store's columns; the first stage names the bar.
+    make: options with a process's rows, the responses of a record side by side
+      -> column -> this process's numbers [rows, ...]. All processes call it
+      equally often.
 
   Returns:
-    The stage's files.
+    The files of the first stage.
   """
-  return _fill(job, stage, [(folder, fields, columns)], rows_a_call, make)
-
-
-def _fill(
-  job: Job,
-  label: str,
-  wanted: list[tuple[Any, dict, dict]],
-  rows_a_call: int,
-  make: Callable,
-) -> list:
-  """`over_shards` of several stores, (folder, fields, columns) each.
-
-  A shard that any of them lacks is made once, and written where it is missing.
-  """
-  ids, responses = stores.encoded(job.column("pool", "id")), job.responses
-  found = [
-    stores.create(
-      folder / "store", ids, columns, fields=fields, shard=job.c.embed.shard
-    )
-    for folder, fields, columns in wanted
-  ]
-  lacking = [stores.pending(store, ids) for store in found]
-  missing, store = sorted({*sum(lacking, [])}), found[0]
+  c, ids, responses = job.c, job.column("pool", "id"), job.responses
+  keys, label = stores.encoded(ids), next(iter(columns))
+  found, lacking = {}, {}
+  for stage, specs in columns.items():
+    folder = job.shared / stage / "store"
+    how = dict(fields=job.made_of(stage), shard=c.embed.shard)
+    made = stores.create(folder, keys, specs, **how)
+    found[stage], lacking[stage] = made, stores.pending(made, keys)
+  missing, store = sorted(set().union(*lacking.values())), found[label]
   # Between two writings all devices run many calls, so that few are not full.
-  group = jax.process_count() * max(
-    1,
-    -(-CALLS * rows_a_call // (store.shard * responses * jax.process_count())),
-  )
+  count, call = jax.process_count(), c.embed.tile * job.mesh.size
+  shard_rows = store.shard * responses * count
+  group = count * max(1, -(-CALLS * call // shard_rows))
   total = responses * store.rows
   done = total - responses * sum(store.sizes(missing))
+  options = PassOptions(c.embed.tile, c.model.head_chunk, label=label, ids=ids)
   with progress.bar(label, total, done=done) as tick:
     for at in range(0, len(missing), group):
-      dealt = stores.owned(missing[at : at + group])
-      made = make([_token_rows(store, mine, responses) for mine in dealt], tick)
-      start, mine = 0, dealt[jax.process_index()]
-      for shard, size in zip(mine, store.sizes(mine)):
-        part = slice(start, start + size)
-        for one, lacks, (_, _, columns) in zip(found, lacking, wanted):
-          if shard in lacks:
+      some = missing[at : at + group]
+      dealt = [some[process::count] for process in range(count)]
+      rows = [_token_rows(store, shards, responses) for shards in dealt]
+      made = make(options._replace(by_process=rows, tick=tick))
+      first = 0
+      for shard in dealt[jax.process_index()]:
+        last = first + store.sizes([shard])[0]
+        for stage, specs in columns.items():
+          if shard in lacking[stage]:
             arrays = {
-              name: made[name].reshape(-1, *column.shape)[part]
-              for name, column in columns.items()
+              name: made[name].reshape(-1, *spec.shape)[first:last]
+              for name, spec in specs.items()
             }
-            stores.write_shard(one, shard, ids, arrays)
-        start += size
+            stores.write_shard(found[stage], shard, keys, arrays)
+        first = last
   return ["store"]
 
 
@@ -150,71 +99,100 @@ def _token_rows(
   return (records[:, None] * responses + np.arange(responses)).reshape(-1)
 
 
-def foreign_of(job: Job, name: str) -> embedder.Embedder | None:
-  """What runs in a stage of KEEPS where the reference does not."""
-  if by_reference(job.c, name):
-    return None
-  chosen = embedder.choose(job.c, job.model)
-  return embedder.of_answers(chosen) if name == "answer" else chosen
+def checkpoint_digest(folder: Any) -> str:
+  """The key of a checkpoint: its settings, tokenizer and weights."""
+  kinds = (".json", ".model", ".safetensors", ".jinja")
 
-
-def arrays_of(job: Job, name: str) -> dict[str, ArraySpec]:
-  """The columns of a stage's store."""
-  foreign, r = foreign_of(job, name), job.responses
-  width = foreign.model.width if foreign else job.model.width
-  wide = ArraySpec((r, width), job.c.embed.store_dtype)
-  return {
-    output: wide if passes.OUTPUTS[output][0] else ArraySpec((r,))
-    for output in kept(job.c, name)
-  }
-
-
-def pass_needs(name: str) -> Callable[[Job, None], list[str]]:
-  """The `needs` of a stage of KEEPS."""
-  return lambda job, arm: (
-    ["data", "sft"] if by_reference(job.c, name) else ["data"]
-  )
-
-
-def pass_fields(name: str) -> Callable[[Job, None], dict[str, Any]]:
-  """The `fields` of a stage of KEEPS."""
-
-  def fields(job: Job, arm: None) -> dict[str, Any]:
-    c, foreign = job.c, foreign_of(job, name)
-    store = ("embed.tile", "embed.shard", "embed.store_dtype")
-    knobs = ("embed",) if name == "embed" else store
-    if name == "answer":
-      knobs += ("embed.checkpoint", "embed.layers")
-      if foreign and isinstance(foreign.model, encoder.EncoderConfig):
-        knobs += ("embed.pooling",)
-    found = pick(c, *knobs, "model")
-    return found | (dict(embedder=_digest(foreign)) if foreign else {})
-
-  return fields
-
-
-def _digest(foreign: embedder.Embedder) -> str:
   def make():
-    names = embedder.digest_names(foreign)
-    digests = disk.digest_tree(hub.resolve(foreign.folder), names)
-    return artifacts.key_of("embedder", digests, {})
+    path = hub.resolve(folder)
+    names = sorted(p.name for p in path.iterdir() if p.name.endswith(kinds))
+    return artifacts.key_of("checkpoint", disk.digest_tree(path, names), {})
 
   return processes.from_first(make)
 
 
-def make_pass(name: str) -> Callable[[Job, None, Any], Made]:
-  """The `make` of a stage of KEEPS: those of the reference share one pass.
+def by_reference(c: Any, name: str) -> bool:
+  """Whether it is the reference that a stage of KEEPS runs."""
+  return embedder.by_reference(c) or name in ("logps", "residual")
+
+
+def outputs_of(c: Any, name: str) -> tuple[str, ...]:
+  """The outputs that a stage of KEEPS keeps of a pass."""
+  if name == "embed" and embedder.alone(c):
+    return ("embedding",)
+  return KEEPS[name]
+
+
+def added_flops(
+  c: Any, names: Sequence[str], flops_of: Callable[[tuple[str, ...]], int]
+) -> dict[str, int]:
+  """What each of the reference's stages adds to the pass that they share.
+
+  Args:
+    c: the config.
+    names: stages; those that the reference does not run are left out.
+    flops_of: outputs -> flops of a pass for them.
+
+  Returns:
+    Stage -> flops, in the order of KEEPS; their sum is the pass.
+  """
+  added, outputs = {}, ()
+  for name in (n for n in KEEPS if n in names and by_reference(c, n)):
+    outputs += outputs_of(c, name)
+    added[name] = flops_of(outputs) - sum(added.values())
+  return added
+
+
+def _foreign(c: Any, model: Any, name: str) -> embedder.Embedder | None:
+  """What runs in a stage of KEEPS where the reference does not."""
+  if by_reference(c, name):
+    return None
+  chosen = embedder.choose(c, model)
+  return embedder.of_answers(chosen) if name == "answer" else chosen
+
+
+def _columns(job: Job, name: str) -> dict[str, ArraySpec]:
+  """The columns of a stage's store."""
+  foreign, r = _foreign(job.c, job.model, name), job.responses
+  width = foreign.model.width if foreign else job.model.width
+  wide = ArraySpec((r, width), job.c.embed.store_dtype)
+  return {
+    output: wide if passes.OUTPUTS[output][0] else ArraySpec((r,))
+    for output in outputs_of(job.c, name)
+  }
+
+
+# The functions of a stage of KEEPS, its name first.
+
+
+def pass_needs(name: str, job: Job, arm: None) -> list[str]:
+  return ["data", "sft"] if by_reference(job.c, name) else ["data"]
+
+
+def pass_fields(name: str, job: Job, arm: None) -> dict[str, Any]:
+  c, foreign = job.c, _foreign(job.c, job.model, name)
+  knobs = ("embed.tile", "embed.shard", "embed.store_dtype", "model")
+  if name == "embed":
+    knobs = ("embed", "model")
+  elif name == "answer":
+    knobs += ("embed.checkpoint", "embed.layers")
+    if foreign and isinstance(foreign.model, encoder.EncoderConfig):
+      knobs += ("embed.pooling",)
+  digest = {}
+  if foreign:
+    digest = dict(embedder=checkpoint_digest(foreign.folder))
+  return pick(c, *knobs) | digest
+
+
+def make_pass(name: str, job: Job, arm: None, folder: Any) -> Made:
+  """Makes a stage's store: those of the reference share one pass.
 
   The first that is not finished makes the others' files too. Its record has the
   seconds of the pass; the flops stand by what each stage adds.
   """
-
-  def make(job: Job, arm: None, folder: Any) -> Made:
-    if foreign := foreign_of(job, name):
-      return _by_foreign(job, name, folder, foreign)
-    return _by_reference(job, name, folder)
-
-  return make
+  if foreign := _foreign(job.c, job.model, name):
+    return _by_foreign(job, name, folder, foreign)
+  return _by_reference(job, name, folder)
 
 
 def _by_reference(job: Job, name: str, folder: Any) -> Made:
@@ -223,51 +201,32 @@ def _by_reference(job: Job, name: str, folder: Any) -> Made:
   # Stages that an unfinished pass has paid for, as `begin` below left them.
   record = artifacts.read_record(folder, name)
   before = record.result.get("one_pass_with", [])
-  taken, later = [name], [*KEEPS][[*KEEPS].index(name) + 1 :]
-  for other in later:
-    if other not in job.planned or not by_reference(c, other):
-      continue
-    if job.begin(other, dict(one_pass_with=[*before, *taken])):
-      taken.append(other)
-  outputs = sum((kept(c, x) for x in taken), ())
-  layers, tile = c.embed.layers, c.embed.tile
+  taken = [name]
+  for other in [*KEEPS][[*KEEPS].index(name) + 1 :]:
+    if other in job.planned and by_reference(c, other):
+      if job.begin(other, dict(one_pass_with=[*before, *taken])):
+        taken.append(other)
+  outputs = sum((outputs_of(c, x) for x in taken), ())
 
   @functools.cache  # what is not needed is not loaded
   def loaded():
-    if not layers or passes.headed(outputs):
-      return m, job.reference, layers
-    short = embedder.first_layers(m, layers)
+    if not c.embed.layers or passes.headed(outputs):
+      return m, job.reference, c.embed.layers
+    short = embedder.first_layers(m, c.embed.layers)
     return short, embedder.first_weights(short, job.reference), 0
 
-  def make(parts, tick):
-    model, params, at = loaded()
-    return passes.pass_rows(
-      job.mesh,
-      params,
-      model,
-      rows,
-      outputs,
-      pooling=c.embed.pooling,
-      layers=at,
-      tile=tile,
-      chunk=c.model.head_chunk,
-      parts=parts,
-      label=name,
-      ids=job.column("pool", "id"),
-      tick=tick,
-    )
+  def make(options):
+    model, params, layers = loaded()
+    options = options._replace(pooling=c.embed.pooling, layers=layers)
+    return passes.pass_rows(job.mesh, params, model, rows, outputs, options)
 
-  stores_of = [
-    (job.shared / x, job.made_of(x), arrays_of(job, x)) for x in taken
-  ]
-  files = _fill(job, name, stores_of, tile * job.mesh.size, make)
-  flops_of = lambda outputs: passes.pass_flops(m, rows, outputs, layers)
-  flops = shares(c, [*before, name], flops_of)[name]
-  result = dict(say=f"{len(rows.start):,} rows")
+  files = over_shards(job, {x: _columns(job, x) for x in taken}, make)
+  flops_of = lambda outputs: passes.pass_flops(m, rows, outputs, c.embed.layers)
+  flops = added_flops(c, [*before, name], flops_of)[name]
   if before:
     say = f"in one pass with {', '.join(before)}"
-    result = dict(one_pass_with=before, say=say)
-  return files, Cost(flops, 0 if before else len(rows.ids)), result
+    return files, Cost(flops), dict(one_pass_with=before, say=say)
+  return files, Cost(flops, len(rows.ids)), _say(job)
 
 
 def _by_foreign(
@@ -275,33 +234,30 @@ def _by_foreign(
 ) -> Made:
   """Makes a stage's store by a model that only embeds."""
   run, flops, tokens = embedder.prepare(job, foreign, folder)
-  ((output, column),) = arrays_of(job, name).items()
-  files = over_shards(
-    job,
-    folder,
-    name,
-    job.made_of(name),
-    {output: column},
-    job.c.embed.tile * job.mesh.size,
-    lambda parts, tick: {output: run(parts, tick)},
-  )
-  result = dict(say=f"{len(job.tokens('pool').start):,} rows")
-  return files + embedder.files(foreign), Cost(flops, tokens), result
+  columns = _columns(job, name)
+  (output,) = columns
+  files = over_shards(job, {name: columns}, lambda how: {output: run(how)})
+  if isinstance(foreign.model, encoder.EncoderConfig):
+    return files, Cost(flops, tokens), _say(job)
+  return files + embedder.TOKENS, Cost(flops, tokens), _say(job)
 
 
-def pass_price(name: str) -> Callable[[JobSizes, None], Price]:
-  """The price of a stage of KEEPS: what it adds to the pass it shares."""
+def _say(job: Job) -> dict[str, str]:
+  return dict(say=f"{len(job.tokens('pool').start):,} rows")
 
-  def price(z: JobSizes, arm: None) -> Price:
-    c, t = z.job.c, int(z.tokens["pool"])
-    answers = z.rows["pool"] * z.responses
-    if by_reference(c, name):
-      of = lambda outputs: passes.row_flops(z.model, t, outputs, c.embed.layers)
-      each = shares(c, z.planned, of)[name]
-    else:
-      chosen = embedder.choose(c, z.model)
-      texts = embedder.of_answers(chosen) if name == "answer" else chosen
-      each = embedder.flops(chosen, t // 2 + 1 if texts.answers else t)
-    return Price(answers, "rows", answers * each)
 
-  return price
+def pass_price(name: str, z: JobSizes, arm: None) -> Price:
+  """What the stage adds to the pass that it shares."""
+  c, t = z.job.c, int(z.tokens["pool"])
+  if foreign := _foreign(c, z.model, name):
+    each = embedder.flops(foreign, t // 2 + 1 if foreign.answers else t)
+  else:
+    of = lambda outputs: passes.row_flops(z.model, t, outputs, c.embed.layers)
+    each = added_flops(c, z.planned, of)[name]
+  return rows_price(z, each)
+
+
+def rows_price(z: JobSizes, flops: float) -> Price:
+  """The price of a pass over all responses, of so many flops each."""
+  answers = z.rows["pool"] * z.responses
+  return Price(answers, "rows", answers * flops)

@@ -1,4 +1,4 @@
-"""The one forward pass over rows: embedding and log-probability together.
+"""The forward pass over rows: embeddings and log-probabilities together.
 
 Row-parallel and in fixed tiles, so a row's numbers are the same bits on any
 mesh and under any order of the input (the pool is sorted by record id).
@@ -15,7 +15,13 @@ import numpy as np
 
 from jaxalign.core import progress, sharding
 from jaxalign.core.errors import NumericError
-from jaxalign.data import tokens as tokens_lib
+from jaxalign.data.tokens import (
+  longest_row,
+  pad_rows,
+  padded_length,
+  row_lengths,
+  TokenRows,
+)
 from jaxalign.model import decoder, logprob
 from jaxalign.model.flops import decoder_flops
 from jaxalign.model.parameters import by_row
@@ -31,7 +37,30 @@ OUTPUTS = {
   "residual": (True, True),
   "least": (False, True),
 }
-Parts = Sequence[np.ndarray] | None  # row numbers, for each process
+
+
+class PassOptions(NamedTuple):
+  """How a pass runs over rows.
+
+  `pooling` is of the embedding, from the hidden states after the final norm:
+  the "mean" over all tokens of the row, over those of the "response" as the
+  mask has them (its EOS too, the prompt not; a row without a response is pooled
+  whole), or the "last" token's (a small model's last state is poor: its output
+  was never trained). Both embeddings are of the model cut after `layers`; 0:
+  after all. A model already cut takes 0, and runs no more than it has.
+
+  With `by_process` a process gets the numbers of its own rows alone, in that
+  order, and reads no other's tokens; without, every process gets all rows.
+  """
+
+  tile: int = 32  # rows a device runs at once; part of the numbers' definition
+  chunk: int = 64  # positions of the head at once
+  pooling: str = "mean"
+  layers: int = 0
+  label: str = "embed"  # of the progress bar and of errors
+  ids: Any = None  # [N] record ids, n/N rows of each, to name in an error
+  by_process: Sequence[np.ndarray] | None = None  # row numbers
+  tick: Callable | None = None  # of a bar that is drawn; None: draws one
 
 
 class RowScores(NamedTuple):
@@ -48,21 +77,14 @@ def headed(outputs: Sequence[str]) -> bool:
 
 
 @functools.lru_cache(maxsize=16)
-def _row_fn(
-  mesh,
-  m: decoder.ModelConfig,
-  outputs: tuple[str, ...],
-  pooling: str,
-  layers: int,
-  chunk: int,
-):
+def _row_fn(mesh, m, outputs, pooling, layers, chunk):
   """Jitted `(params, {tokens, mask, length}, {}) -> {output: by row}`."""
   place = sharding.PER_ROW
 
   def one_tile(params, rows, shared):
     del shared
     x, early = decoder.forward_at(params, rows["tokens"], m, layers, place)
-    # What is asked for beside a number must not change how it is computed.
+    # Other outputs must not change how a number is computed.
     x, early = jax.lax.optimization_barrier((x, early))
     out = {}
     for name, how in (("embedding", pooling), ("answer_embedding", "response")):
@@ -83,37 +105,24 @@ def _row_fn(
         out["residual"] = jnp.sum(slope.astype(jnp.float32), axis=1)
       else:
         each, sums, count = total(x)[1]
-      out |= dict(
-        logp=sums,
-        count=count,
-        least=jnp.min(jnp.where(rows["mask"], each, 0.0), axis=1),
-      )
+      least = jnp.min(jnp.where(rows["mask"], each, 0.0), axis=1)
+      out |= dict(logp=sums, count=count, least=least)
     return {name: out[name] for name in outputs}
 
   return by_row(mesh, decoder.table(m), one_tile)
 
 
-def _pooled(
-  x: jax.Array, rows: dict[str, jax.Array], pooling: str
-) -> jax.Array:
+def _pooled(x, rows, pooling):
   """[b, L, D] states of `rows` -> [b, D] float32, a key of POOLINGS."""
   position = jnp.arange(x.shape[1])[None, :]
-  length = rows["length"][:, None]
-  if pooling == "last":
-    where = position == length - 1
-  else:
-    where = position < length
+  length, answer = rows["length"][:, None], rows["mask"]
+  where = position == length - 1 if pooling == "last" else position < length
   if pooling == "response":  # of an empty one, the row that it answers
-    said = rows["mask"]
-    where = jnp.where(jnp.any(said, axis=1, keepdims=True), said, where)
-  weight = where.astype(jnp.float32)
+    where = jnp.where(jnp.any(answer, axis=1, keepdims=True), answer, where)
+  weight, x = where.astype(jnp.float32), x.astype(jnp.float32)
   # A weighted sum, not a gather: padding of any length leaves the same bits.
-  total = jnp.einsum(
-    "bl,bld->bd",
-    weight,
-    x.astype(jnp.float32),
-    precision=jax.lax.Precision.HIGHEST,
-  )
+  highest = jax.lax.Precision.HIGHEST
+  total = jnp.einsum("bl,bld->bd", weight, x, precision=highest)
   return total / jnp.sum(weight, axis=1, keepdims=True)
 
 
@@ -121,45 +130,23 @@ def pass_rows(
   mesh: Any,
   params: decoder.Params,
   m: decoder.ModelConfig,
-  rows: tokens_lib.TokenRows,
+  rows: TokenRows,
   outputs: Sequence[str],
-  *,
-  pooling: str = "mean",
-  layers: int = 0,
-  tile: int = 32,
-  chunk: int = 64,
-  label: str = "embed",
-  ids: Any = None,
-  parts: Parts = None,
-  tick: Any = None,
+  options: PassOptions = PassOptions(),
 ) -> dict[str, np.ndarray]:
-  """All that is asked for of every row, in one pass.
+  """The `outputs` of every row, in one pass.
 
   Args:
-    mesh: the mesh; each of its devices takes `tile` rows a call.
+    mesh: the mesh; each of its devices takes a tile of rows a call.
     params: on the mesh.
     m: the model's sizes.
     rows: n tokenized rows.
     outputs: keys of OUTPUTS.
-    pooling: of the embedding, from the hidden states after the final norm:
-      the "mean" over all tokens of the row, over those of the "response" as
-      the mask has them (its EOS too, the prompt not; a row without a response
-      is pooled whole), or the "last" token's (a small model's last state is
-      poor: its output was never trained).
-    layers: both embeddings are of the model cut after so many; 0: after all.
-      A model already cut takes 0, and runs no more than it has.
-    tile: rows a device runs at once; part of the numbers' definition.
-    chunk: positions of the head at once.
-    label: what the progress bar says.
-    ids: [N] record ids, n/N rows of each side by side, to name in an error.
-    parts: row numbers for each process; a process then gets the numbers of
-      its own rows alone, in that order, and reads no other's tokens. None:
-      every process gets all rows.
-    tick: of a progress bar that is already drawn; None: one is drawn.
+    options: see `PassOptions`.
 
   Returns:
-    Of those asked for: embedding [n, D] float32; answer_embedding [n, D], the
-    same with the pooling "response"; logp [n] float32 nats, summed over the
+    Of `outputs`: embedding [n, D] float32; answer_embedding [n, D], the same
+    with the pooling "response"; logp [n] float32 nats, summed over the
     response's tokens, and their count [n]; residual [n, D], the slope of logp
     in the final hidden states, summed: of each response token its row of the
     output matrix less the mean row under the model's prediction; least [n]
@@ -168,41 +155,136 @@ def pass_rows(
   Raises:
     NumericError: a number that is not finite; names the rows.
   """
-  n, outputs = _count(rows, parts), tuple(n for n in OUTPUTS if n in outputs)
-  out = {
-    name: np.zeros((n, m.width) if OUTPUTS[name][0] else n, np.float32)
-    for name in outputs
-  }
-  fn = _row_fn(mesh, m, outputs, pooling, layers, chunk)
-  _over_tiles(mesh, fn, params, m, rows, tile, out, label, ids, parts, tick)
-  return out
+  outputs, o = tuple(n for n in OUTPUTS if n in outputs), options
+  shapes = {n: (m.width,) if OUTPUTS[n][0] else () for n in outputs}
+  fn = _row_fn(mesh, m, outputs, o.pooling, o.layers, o.chunk)
+  return map_rows(mesh, fn, params, rows, shapes, m.context, o)
 
 
 def score_rows(
   mesh: Any,
   params: decoder.Params,
   m: decoder.ModelConfig,
-  rows: tokens_lib.TokenRows,
-  **knobs: Any,
+  rows: TokenRows,
+  options: PassOptions = PassOptions(),
 ) -> RowScores:
-  """Embeds every row and sums its response's log-probability, in one pass.
-
-  Arguments as of `pass_rows`.
-  """
-  return RowScores(
-    **pass_rows(mesh, params, m, rows, RowScores._fields, **knobs)
-  )
+  """`pass_rows` for the embedding and the response's log-probability."""
+  found = pass_rows(mesh, params, m, rows, RowScores._fields, options)
+  return RowScores(**found)
 
 
-def pool_rows(
+def map_rows(
   mesh: Any,
-  params: decoder.Params,
-  m: decoder.ModelConfig,
-  rows: tokens_lib.TokenRows,
-  **knobs: Any,
-) -> np.ndarray:
-  """The embedding alone, [n, D] float32; arguments as of `pass_rows`."""
-  return pass_rows(mesh, params, m, rows, ("embedding",), **knobs)["embedding"]
+  fn: Callable,
+  params: Any,
+  rows: TokenRows,
+  shapes: dict[str, tuple[int, ...]],
+  context: int,
+  options: PassOptions,
+) -> dict[str, np.ndarray]:
+  """Runs a model of any kind over rows, in length buckets.
+
+  Args:
+    mesh, rows, options: as of `pass_rows`.
+    fn: jitted `(params, {tokens [b, L], mask [b, L], length [b]}, {}) ->
+      {name: [b, ...]}`, as `sharding.per_row` makes them.
+    params: of `fn`.
+    shapes: name -> what `fn` gives a row.
+    context: the longest row.
+
+  Returns:
+    name -> [n, ...] float32.
+
+  Raises:
+    NumericError: a number that is not finite; names the rows.
+  """
+  o, lengths = options, row_lengths(rows)
+  longest, step = longest_row(lengths, context), o.tile * mesh.size
+  own = o.by_process is not None
+  every = o.by_process if own else [np.arange(len(lengths))]
+  mine = jax.process_index() if own else 0
+  index = np.asarray(every[mine], np.int64)
+  out = {n: np.zeros((len(index), *s), np.float32) for n, s in shapes.items()}
+  buckets = [_buckets(lengths[one], longest) for one in every]
+  with contextlib.ExitStack() as stack:
+    bar = functools.partial(progress.bar, o.label, len(index))
+    tick = o.tick or stack.enter_context(bar())
+    for size in np.unique(np.concatenate(buckets)):
+      places = [np.flatnonzero(one == size) for one in buckets]
+      waiting = []
+      for some, full in _calls(every, places, mine, step // len(every)):
+
+        def make(at, full=full, size=int(size)):
+          # Only this process's rows are read. Of its own, the k-th row is for
+          # the k-th place that lies on its devices.
+          taken = full if own else full[at]
+          tokens, mask = pad_rows(rows, taken, size)
+          length = lengths[taken].astype(np.int32)
+          return dict(tokens=tokens, mask=mask, length=length)
+
+        batch = sharding.put_rows(mesh, (step,), make, "pool")
+        waiting.append((some, fn(params, batch, {})))
+        if len(waiting) > 2:  # keep the device busy, the memory bounded
+          _collect(out, *waiting.pop(0), tick, own)
+      for some, result in waiting:
+        _collect(out, some, result, tick, own)
+  _check_finite(out, index, len(lengths), options)
+  return out
+
+
+def _buckets(lengths: np.ndarray, longest: int) -> np.ndarray:
+  """[n] lengths -> [n] padded lengths."""
+  known, which = np.unique(lengths, return_inverse=True)
+  padded = [padded_length(int(x), longest) for x in known]
+  return np.array(padded, np.int64)[which]
+
+
+def _calls(
+  every: Sequence[np.ndarray], places: list[np.ndarray], mine: int, step: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  """([k] places among this process's rows, [step] row numbers) of the calls.
+
+  `every` holds the row numbers of every process, `places` which of them are of
+  the size at hand. All processes yield equally often: a call is theirs
+  together.
+  """
+  own = np.asarray(every[mine], np.int64)
+  spare = next(one[at[0]] for one, at in zip(every, places) if len(at))
+  for at in range(0, max(map(len, places)), step):
+    some = places[mine][at : at + step]
+    # A short last call repeats its first row: shapes stay the same.
+    full = np.full(step, own[some[0]] if len(some) else spare, np.int64)
+    full[: len(some)] = own[some]
+    yield some, full
+
+
+def _collect(out, some, result, tick, own) -> None:
+  fetch = sharding.own_rows if own else sharding.fetch
+  for name, into in out.items():
+    into[some] = fetch(result[name])[: len(some)]
+  tick(len(some))
+
+
+def _check_finite(out, index, n, options) -> None:
+  """Raises NumericError with the rows whose numbers are not finite."""
+  bad = np.zeros(len(index), bool)
+  for x in out.values():  # not by reshape: a process may have no rows
+    bad |= ~np.isfinite(x).all(axis=tuple(range(1, x.ndim)))
+  bad = index[bad]
+  everywhere = len(bad)
+  if options.by_process is not None:
+    everywhere = sharding.total(everywhere)
+  if not everywhere:
+    return
+  named = ""
+  if options.ids is not None and len(bad):
+    names = [options.ids[i // (n // len(options.ids))] for i in bad[:8]]
+    named = f" (ids {', '.join(map(str, names))})"
+  raise NumericError(
+    f"{options.label}: {everywhere} of {n} rows have an embedding or "
+    f"log-probability that is not finite, rows {bad[:8].tolist()}{named}; look "
+    "at these records and at the model's weights"
+  )
 
 
 def row_flops(
@@ -219,171 +301,18 @@ def row_flops(
   return decoder_flops(m, length) + slope
 
 
-def _count(rows: tokens_lib.TokenRows, parts: Parts) -> int:
-  """Rows whose numbers this process gets."""
-  return len(rows.start) if parts is None else len(parts[jax.process_index()])
-
-
-class _Ways(NamedTuple):
-  """How calls of `step` rows meet the processes."""
-
-  shares: list[np.ndarray]  # row numbers, one entry or one for each process
-  own: int  # rows of a share in one call
-  mine: int  # which share this process makes and keeps
-
-  def calls(
-    self, size_of: list[np.ndarray], size: int
-  ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """([k] places in this share, [own] row numbers) of every call of a size.
-
-    `size_of` holds the padded length of every row of every share. All
-    processes yield equally often: a call is theirs together.
-    """
-    at_size = [np.flatnonzero(one == size) for one in size_of]
-    place, share = at_size[self.mine], self.shares[self.mine]
-    spare = next(one[at[0]] for one, at in zip(self.shares, at_size) if len(at))
-    for at in range(0, max(map(len, at_size)), self.own):
-      part = place[at : at + self.own]
-      # A short last call repeats its first row: shapes stay the same.
-      first = share[part[0]] if len(part) else spare
-      full = np.full(self.own, first, np.int64)
-      full[: len(part)] = share[part]
-      yield part, full
-
-
-def _buckets(lengths: np.ndarray, longest: int) -> np.ndarray:
-  """[n] lengths -> [n] padded lengths."""
-  known, which = np.unique(lengths, return_inverse=True)
-  return np.array(
-    [tokens_lib.padded_length(int(x), longest) for x in known], np.int64
-  )[which]
-
-
-def _over_tiles(
-  mesh, fn, params, m, rows, tile, out, label, ids, parts, tick
-) -> None:
-  """Runs `fn` over the rows in length buckets; fills the arrays of `out`."""
-  lengths = tokens_lib.row_lengths(rows)
-  longest = tokens_lib.longest_row(lengths, m.context)
-  step = tile * mesh.size
-  ways = _Ways([np.arange(len(lengths))], step, 0)
-  if parts is not None:
-    ways = _Ways(
-      [np.asarray(part, np.int64) for part in parts],
-      step // len(parts),
-      jax.process_index(),
-    )
-  index = ways.shares[ways.mine]
-  size_of = [_buckets(lengths[share], longest) for share in ways.shares]
-  with contextlib.ExitStack() as stack:
-    if tick is None:
-      tick = stack.enter_context(progress.bar(label, len(index)))
-    for size in np.unique(np.concatenate(size_of)):
-      waiting = []
-      for part, full in ways.calls(size_of, size):
-
-        def make(places, full=full, size=int(size)):
-          # Only this process's rows are read. Of its own share, the k-th row
-          # is for the k-th place that lies on its devices.
-          mine = full if parts is not None else full[places]
-          tokens, mask = tokens_lib.pad_rows(rows, mine, size)
-          return dict(
-            tokens=tokens, mask=mask, length=lengths[mine].astype(np.int32)
-          )
-
-        batch = sharding.put_rows(mesh, (step,), make, "pool")
-        waiting.append((part, fn(params, batch, {})))
-        if len(waiting) > 2:  # keep the device busy, the memory bounded
-          _collect(out, *waiting.pop(0), tick, parts is not None)
-      for part, result in waiting:
-        _collect(out, part, result, tick, parts is not None)
-  bad = np.flatnonzero(
-    ~np.all(
-      [
-        # Not by reshape: a process may have no rows of its own.
-        np.isfinite(x).all(axis=tuple(range(1, x.ndim)))
-        for x in out.values()
-      ],
-      axis=0,
-    )
-  )
-  everywhere = len(bad)
-  if parts is not None:
-    everywhere = sharding.total(len(bad))
-  if everywhere:
-    bad = index[bad]
-    responses = len(lengths) // len(ids) if ids is not None else 1
-    named = (
-      ""
-      if ids is None or not len(bad)
-      else " (ids " + ", ".join(str(ids[i // responses]) for i in bad[:8]) + ")"
-    )
-    raise NumericError(
-      f"{label}: {everywhere} of {len(lengths)} rows have an "
-      "embedding or log-probability that is not finite, rows "
-      f"{bad[:8].tolist()}{named}; look at these records and "
-      "at the model's weights"
-    )
-
-
-def _collect(
-  out: dict[str, np.ndarray], part: np.ndarray, result, tick, own: bool = False
-) -> None:
-  fetch = sharding.own_rows if own else sharding.fetch
-  for name, into in out.items():
-    into[part] = fetch(result[name])[: len(part)]
-  tick(len(part))
-
-
-def number_rows(
-  mesh: Any,
-  fn: Any,
-  params: Any,
-  m: Any,
-  rows: tokens_lib.TokenRows,
-  *,
-  tile: int,
-  label: str,
-  ids: Any = None,
-  parts: Parts = None,
-  tick: Any = None,
-) -> np.ndarray:
-  """One float32 number a row, [n], of a pass of any model.
-
-  Args:
-    mesh, rows, tile, label, ids, parts, tick: as of `pass_rows`.
-    fn: jitted `(params, {tokens [b, L], mask [b, L], length [b]}, {}) ->
-      {"number": [b]}`, as `sharding.per_row` makes them.
-    params: what it takes.
-    m: has the `context`, the longest row.
-  """
-  out = dict(number=np.zeros(_count(rows, parts), np.float32))
-  _over_tiles(mesh, fn, params, m, rows, tile, out, label, ids, parts, tick)
-  return out["number"]
-
-
-def flops(
-  m: decoder.ModelConfig,
-  rows: tokens_lib.TokenRows,
-  logit_rows: int | None = None,
-) -> int:
-  """Floating-point operations of one pass, padding not counted.
-
-  `logit_rows` as in `decoder_flops`: 0 where the head does not run.
-  """
-  return _over_rows(rows, lambda s: decoder_flops(m, s, logit_rows))
-
-
 def pass_flops(
   m: decoder.ModelConfig,
-  rows: tokens_lib.TokenRows,
-  outputs: Sequence[str],
+  rows: TokenRows,
+  outputs: Sequence[str] = ("logp",),
   layers: int = 0,
 ) -> int:
-  """`row_flops` of all rows."""
-  return _over_rows(rows, lambda s: row_flops(m, s, outputs, layers))
+  """`row_flops` of all rows, padding not counted."""
+  each = functools.partial(row_flops, m, outputs=outputs, layers=layers)
+  return sum_flops(rows, each)
 
 
-def _over_rows(rows: tokens_lib.TokenRows, of_length: Callable) -> int:
-  sizes, counts = np.unique(tokens_lib.row_lengths(rows), return_counts=True)
-  return int(sum(of_length(int(s)) * int(c) for s, c in zip(sizes, counts)))
+def sum_flops(rows: TokenRows, flops_of: Callable[[int], int]) -> int:
+  """The sum over rows of `flops_of` their lengths."""
+  sizes, counts = np.unique(row_lengths(rows), return_counts=True)
+  return sum(int(flops_of(int(s))) * int(k) for s, k in zip(sizes, counts))

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.core import artifacts, disk, hub, processes, sharding
+from jaxalign.core import disk, hub, sharding
 from jaxalign.core.artifacts import Cost
 from jaxalign.core.errors import ConfigError
 from jaxalign.core.settings import pick
@@ -22,7 +22,9 @@ from jaxalign.core.stage import JobSizes, Made, Price
 from jaxalign.data import prepare, tokens
 from jaxalign.data.tokenizer import load_tokenizer
 from jaxalign.embed import passes, questions
-from jaxalign.embed.over_pool import over_shards
+from jaxalign.embed.embedder import token_rows_of, TOKENS
+from jaxalign.embed.over_pool import checkpoint_digest, over_shards, rows_price
+from jaxalign.embed.passes import PassOptions
 from jaxalign.embed.store import ArraySpec
 from jaxalign.model import decoder, hf, reward, weights
 from jaxalign.model.flops import decoder_flops, reward_flops
@@ -32,110 +34,48 @@ from jaxalign.model.parameters import by_row, check_mesh
 SIDES = ("chosen", "rejected", "completion")
 
 
-def by_shard(
-  job: Job,
-  folder: Any,
-  stage: str,
-  made_of: dict[str, Any],
-  name: str,
-  make: Callable,
-) -> list[str]:
-  """Stores one number a response, from `make(parts, tick)`, shard by shard.
-
-  A killed stage resumes at the next shard; see `over_pool.over_shards`.
-  """
-  responses = job.responses
-  return over_shards(
-    job,
-    folder,
-    stage,
-    made_of,
-    {name: ArraySpec((responses,))},
-    job.c.embed.tile * job.mesh.size,
-    lambda parts, tick: {name: make(parts, tick)},
-  )
+def _store(job: Job, stage: str, name: str, make: Callable) -> list[str]:
+  """Stores the column `name` of a number a response, `make(options)`."""
+  columns = {stage: {name: ArraySpec((job.responses,))}}
+  return over_shards(job, columns, lambda options: {name: make(options)})
 
 
-def tokens_of(
-  folder: Any, make: Callable[[], tokens.TokenRows]
-) -> tokens.TokenRows:
-  """Token rows that process 0 makes of texts, which it alone reads."""
-  if jax.process_index() == 0:
-    tokens.save_rows(folder, "tokens", make())
-  sharding.barrier("tokens of a stage")
-  return tokens.load_rows(folder, "tokens")
-
-
-TOKENS = [f"tokens.{field}.npy" for field in tokens.TokenRows._fields]
-
-
-def digest_of(folder: Any) -> str:
-  """The key of a checkpoint: its settings, tokenizer and weights."""
-
-  def make():
-    path = hub.resolve(folder)
-    names = sorted(
-      p.name
-      for p in path.iterdir()
-      if p.name.endswith((".json", ".model", ".safetensors", ".jinja"))
-    )
-    return artifacts.key_of("checkpoint", disk.digest_tree(path, names), {})
-
-  return processes.from_first(make)
+def _answers(job: Job) -> list[tuple[dict, str]]:
+  """(record, which of its answers) of the pool."""
+  rows = job.rows("pool")
+  return [(row, side) for row in rows for side in SIDES if side in row]
 
 
 # Answers without their prompts.
 
 
-def answers_alone(rows: tokens.TokenRows, start: int) -> tokens.TokenRows:
-  """Every row's response behind the token `start`, the same tokens of it."""
-  first, ends = rows.offsets[:-1] + rows.start, rows.offsets[1:]
-  sizes = ends - first + 1
+def answers_alone(rows: tokens.TokenRows, first_token: int) -> tokens.TokenRows:
+  """Every row's response behind one token, the same tokens of it."""
+  sizes = tokens.row_lengths(rows) - rows.start + 1
   offsets = np.concatenate([[0], np.cumsum(sizes)])
   row = np.repeat(np.arange(len(sizes)), sizes)
   place = np.arange(offsets[-1]) - offsets[row]
-  ids = np.where(
-    place == 0,
-    start,
-    np.asarray(rows.ids)[first[row] + np.maximum(place - 1, 0)],
-  )
-  return tokens.TokenRows(
-    ids.astype(np.int32), offsets, np.ones(len(sizes), np.int32), rows.cut
-  )
+  taken = (rows.offsets[:-1] + rows.start)[row] + np.maximum(place - 1, 0)
+  ids = np.where(place == 0, first_token, np.asarray(rows.ids)[taken])
+  start = np.ones(len(sizes), np.int32)
+  return tokens.TokenRows(ids.astype(np.int32), offsets, start, rows.cut)
 
 
 def make_alone(job: Job, arm: None, folder: Any) -> Made:
-  """What the reference gives each answer without its prompt (IFD).
+  """The reference's log-probability of each answer without its prompt (IFD).
 
   The first token is predicted from the BOS; of a tokenizer that has none,
   from the EOS, behind which such models begin a text.
   """
-  c, m = job.c, job.model
-  tok = job.tokenizer
+  m, tok = job.model, job.tokenizer
   rows = answers_alone(job.tokens("pool"), tok.bos if tok.bos >= 0 else tok.eos)
-  files = by_shard(
-    job,
-    folder,
-    "alone",
-    job.made_of("alone"),
-    "logp_alone",
-    (
-      lambda parts, tick: (
-        passes.score_rows(
-          job.mesh,
-          job.reference,
-          m,
-          rows,
-          tile=c.embed.tile,
-          chunk=c.model.head_chunk,
-          parts=parts,
-          tick=tick,
-          ids=job.column("pool", "id"),
-        ).logp
-      )
-    ),
-  )
-  return files, Cost(passes.flops(m, rows), len(rows.ids)), {}
+  score = lambda how: passes.score_rows(job.mesh, job.reference, m, rows, how)
+  files = _store(job, "alone", "logp_alone", lambda how: score(how).logp)
+  return files, Cost(passes.pass_flops(m, rows), len(rows.ids)), {}
+
+
+def alone_price(z: JobSizes, arm: None) -> Price:
+  return rows_price(z, decoder_flops(z.model, int(z.tokens["pool"]) // 2 + 1))
 
 
 # A question about each answer.
@@ -163,36 +103,23 @@ def p_yes(
   rows: tokens.TokenRows,
   yes: int,
   no: int,
-  *,
-  tile: int,
-  ids: Any = None,
-  parts: Any = None,
-  tick: Any = None,
+  options: PassOptions,
 ) -> np.ndarray:
   """[n] float32, exp(l_yes) / (exp(l_yes) + exp(l_no)) behind every row.
 
   Args:
-    mesh, params, m, rows, tile, ids, parts, tick: as of `embed.score_rows`.
+    mesh, params, m, rows, options: as of `passes.pass_rows`.
     yes, no: tokens, whose logits are l_yes and l_no.
   """
-  return passes.number_rows(
-    mesh,
-    _yes_fn(mesh, m, yes, no),
-    params,
-    m,
-    rows,
-    tile=tile,
-    label="ask",
-    ids=ids,
-    parts=parts,
-    tick=tick,
-  )
+  fn, shapes = _yes_fn(mesh, m, yes, no), dict(number=())
+  found = passes.map_rows(mesh, fn, params, rows, shapes, m.context, options)
+  return found["number"]
 
 
 def judge_config(
   c: Any, reference: decoder.ModelConfig | None
 ) -> decoder.ModelConfig:
-  """The sizes of what is asked: config.ask.checkpoint, or the reference."""
+  """The sizes of the judge: config.ask.checkpoint, or the reference."""
   m = reference
   if c.ask.checkpoint:
     m = hf.read_config(c.ask.checkpoint, c.model.dtype, "none")
@@ -212,7 +139,7 @@ def ask_needs(job: Job, arm: None) -> list[str]:
 def ask_fields(job: Job, arm: None) -> dict[str, Any]:
   given = job.c.ask.checkpoint
   fields = pick(job.c, "ask", "embed.tile", "embed.shard", "model")
-  return fields | (dict(judge=digest_of(given)) if given else {})
+  return fields | (dict(judge=checkpoint_digest(given)) if given else {})
 
 
 def make_ask(job: Job, arm: None, folder: Any) -> Made:
@@ -220,68 +147,37 @@ def make_ask(job: Job, arm: None, folder: Any) -> Made:
   c, given = job.c, job.c.ask.checkpoint
   m = judge_config(c, job.model)
   m = m._replace(attention=kernel_of(c, m, job.mesh))
-  tok = load_tokenizer(
-    hub.resolve_settings(given) if given else job.shared / "data"
-  )
+  own = hub.resolve_settings(given) if given else job.shared / "data"
+  tok, path = load_tokenizer(own), folder / "ask.json"
 
-  def asked():
-    rows = job.rows("pool")
-    built = questions.build(
-      tok,
-      [
-        (r["id"], r["prompt"], r[side])
-        for r in rows
-        for side in SIDES
-        if side in r
-      ],
-      c.ask.question,
-      questions.ANSWERS,
-      m.context,
-    )
-    disk.write_json(
-      folder / "ask.json",
-      dict(yes=built.yes, no=built.no, shortened=built.shortened),
-    )
-    return built.rows
+  def encoded():
+    texts = [(r["id"], r["prompt"], r[side]) for r, side in _answers(job)]
+    question, words = c.ask.question, questions.ANSWERS
+    made = questions.build(tok, texts, question, words, m.context)
+    facts = dict(yes=made.yes, no=made.no, shortened=made.shortened)
+    disk.write_json(path, facts)
+    return made.rows
 
-  rows = tokens_of(folder, asked)
-  told = disk.read_json(folder / "ask.json")
-  params = (
-    hf.load_folder(given, m, job.mesh, np.dtype(c.model.param_dtype))
-    if given
-    else job.reference
-  )
-  files = by_shard(
-    job,
-    folder,
-    "ask",
-    job.made_of("ask"),
-    "p_yes",
-    (
-      lambda parts, tick: p_yes(
-        job.mesh,
-        params,
-        m,
-        rows,
-        told["yes"],
-        told["no"],
-        parts=parts,
-        tile=c.embed.tile,
-        ids=job.column("pool", "id"),
-        tick=tick,
-      )
-    ),
-  )
-  say = (
-    f"{told['shortened']:,} of {len(rows.start):,} were cut to fit"
-    if told["shortened"]
-    else ""
-  )
-  return (
-    [*files, *TOKENS, "ask.json"],
-    Cost(passes.flops(m, rows, 1), len(rows.ids)),
-    dict(say=say),
-  )
+  rows = token_rows_of(folder, encoded)
+  yes, no, cut = (disk.read_json(path)[k] for k in ("yes", "no", "shortened"))
+  if given:
+    params = hf.load_folder(given, m, job.mesh, np.dtype(c.model.param_dtype))
+  else:
+    params = job.reference
+  score = lambda how: p_yes(job.mesh, params, m, rows, yes, no, how)
+  files = _store(job, "ask", "p_yes", score)
+  flops = passes.sum_flops(rows, lambda s: decoder_flops(m, s, 1))
+  say = f"{cut:,} of {len(rows.start):,} were cut to fit" if cut else ""
+  files = [*files, *TOKENS, "ask.json"]
+  return files, Cost(flops, len(rows.ids)), dict(say=say)
+
+
+def ask_price(z: JobSizes, arm: None) -> Price:
+  """The question, two pairs of fences and the row; one logit."""
+  c, judge = z.job.c, judge_config(z.job.c, z.model)
+  question = (len(c.ask.question) + 4 * 16) / prepare.CHARACTERS_PER_TOKEN
+  length = min(int(int(z.tokens["pool"]) + question), judge.context)
+  return rows_price(z, decoder_flops(judge, length, 1))
 
 
 # A reward model.
@@ -290,7 +186,9 @@ def make_ask(job: Job, arm: None, folder: Any) -> Made:
 def reward_config(c: Any) -> reward.RewardConfig:
   """The sizes of config.rewards.checkpoint, with the context it is used at."""
   r = reward.read_reward_config(c.rewards.checkpoint, c.model.dtype)
-  context = min(r.model.context, prepare.asked_context(c) or r.model.context)
+  context = min(
+    r.model.context, prepare.requested_context(c) or r.model.context
+  )
   return r._replace(model=r.model._replace(context=context))
 
 
@@ -298,11 +196,8 @@ def reward_config(c: Any) -> reward.RewardConfig:
 def _reward_fn(mesh: Any, r: reward.RewardConfig) -> Callable:
   def one_tile(params, rows, shared):
     del shared
-    return dict(
-      number=reward.rewards(
-        params, rows["tokens"], rows["length"], rows["mask"], r
-      )
-    )
+    x = (rows[name] for name in ("tokens", "length", "mask"))
+    return dict(number=reward.rewards(params, *x, r))
 
   return by_row(mesh, reward.reward_layout(r).rows, one_tile)
 
@@ -312,95 +207,44 @@ def reward_rows(
   params: Any,
   r: reward.RewardConfig,
   rows: tokens.TokenRows,
-  *,
-  tile: int,
-  ids: Any = None,
-  parts: Any = None,
-  tick: Any = None,
+  options: PassOptions,
 ) -> np.ndarray:
   """[n] float32 rewards of rows that a reward model's tokenizer made."""
-  return passes.number_rows(
-    mesh,
-    _reward_fn(mesh, r),
-    params,
-    r.model,
-    rows,
-    tile=tile,
-    label="rewards",
-    ids=ids,
-    parts=parts,
-    tick=tick,
-  )
+  fn, shapes, context = _reward_fn(mesh, r), dict(number=()), r.model.context
+  found = passes.map_rows(mesh, fn, params, rows, shapes, context, options)
+  return found["number"]
 
 
 def rewards_fields(job: Job, arm: None) -> dict[str, Any]:
   knobs = ("dtype", "context", "param_dtype")
   fields = pick(job.c, "rewards", "embed.tile", "embed.shard")
   fields |= pick(job.c, *(f"model.{name}" for name in knobs))
-  return fields | dict(checkpoint=digest_of(job.c.rewards.checkpoint))
+  return fields | dict(checkpoint=checkpoint_digest(job.c.rewards.checkpoint))
 
 
 def make_rewards(job: Job, arm: None, folder: Any) -> Made:
   """What config.rewards.checkpoint gives every answer of the pool."""
   c, given = job.c, job.c.rewards.checkpoint
-  r = reward_config(c)
+  r, dtype = reward_config(c), np.dtype(np.float32)
+  encode = questions.encode_two
   if not r.encodes:
-    r = r._replace(
-      model=r.model._replace(attention=kernel_of(c, r.model, job.mesh))
-    )
-  check_mesh(reward.reward_layout(r).rows, job.mesh)
+    kernel = kernel_of(c, r.model, job.mesh)
+    r = r._replace(model=r.model._replace(attention=kernel))
+    dtype, encode = np.dtype(c.model.param_dtype), questions.encode_chats
+  layout = reward.reward_layout(r)
+  check_mesh(layout.rows, job.mesh)
 
   def encoded():
-    texts = [
-      (row, side) for row in job.rows("pool") for side in SIDES if side in row
-    ]
-    encode = questions.encode_two if r.encodes else questions.encode_chats
-    return encode(hub.resolve_settings(given), r.model, texts)
+    return encode(hub.resolve_settings(given), r.model, _answers(job))
 
-  rows = tokens_of(folder, encoded)
-  dtype = np.dtype(np.float32 if r.encodes else c.model.param_dtype)
-  params = weights.load_weights(given, reward.reward_layout(r), job.mesh, dtype)
-  files = by_shard(
-    job,
-    folder,
-    "rewards",
-    job.made_of("rewards"),
-    "reward",
-    (
-      lambda parts, tick: reward_rows(
-        job.mesh,
-        params,
-        r,
-        rows,
-        tile=c.embed.tile,
-        parts=parts,
-        ids=job.column("pool", "id"),
-        tick=tick,
-      )
-    ),
-  )
-  sizes, counts = np.unique(tokens.row_lengths(rows), return_counts=True)
-  flops = sum(reward_flops(r, int(s)) * int(k) for s, k in zip(sizes, counts))
+  rows = token_rows_of(folder, encoded)
+  params = weights.load_weights(given, layout, job.mesh, dtype)
+  score = lambda how: reward_rows(job.mesh, params, r, rows, how)
+  files = _store(job, "rewards", "reward", score)
+  flops = passes.sum_flops(rows, functools.partial(reward_flops, r))
   return [*files, *TOKENS], Cost(flops, len(rows.ids)), {}
 
 
-def _price(z: JobSizes, each: float) -> Price:
-  answers = z.rows["pool"] * z.responses
-  return Price(answers, "rows", answers * each)
-
-
-def alone_price(z: JobSizes, arm: None) -> Price:
-  return _price(z, decoder_flops(z.model, int(z.tokens["pool"]) // 2 + 1))
-
-
-def ask_price(z: JobSizes, arm: None) -> Price:
-  """The question, two pairs of fences and the row; one logit."""
-  c, judge = z.job.c, judge_config(z.job.c, z.model)
-  question = (len(c.ask.question) + 4 * 16) / prepare.CHARACTERS_PER_TOKEN
-  length = min(int(int(z.tokens["pool"]) + question), judge.context)
-  return _price(z, decoder_flops(judge, length, 1))
-
-
 def rewards_price(z: JobSizes, arm: None) -> Price:
-  model = reward_config(z.job.c)
-  return _price(z, reward_flops(model, int(z.tokens["pool"])))
+  flops = reward_flops(reward_config(z.job.c), int(z.tokens["pool"]))
+  return rows_price(z, flops)

@@ -32,13 +32,12 @@ import numpy as np
 from jaxalign.core import disk, progress, sharding
 from jaxalign.core.errors import ConfigError, CorruptError, WriteError
 
-SHARD = 8192  # rows, where nobody says another number
 DTYPES = ("float32", "bfloat16")
 _BFLOAT16 = np.dtype(jnp.bfloat16)  # a .npy file holds its bits as uint16
 
 
 class ArraySpec(NamedTuple):
-  """What one row of a column looks like."""
+  """One row of a column."""
 
   shape: tuple[int, ...]  # without the axis of rows
   dtype: str = "float32"  # or "bfloat16"
@@ -57,7 +56,7 @@ class Store(NamedTuple):
 
   @property
   def shards(self) -> int:
-    """How many shards hold the rows."""
+    """The number of shards."""
     return -(-self.rows // self.shard)
 
   def bounds(self, shard: int) -> tuple[int, int]:
@@ -108,41 +107,20 @@ def _read_description(folder: epath.Path) -> dict[str, Any] | None:
     return None
 
 
-def _refuse(
-  folder: epath.Path, found: dict[str, Any], wanted: dict[str, Any]
-) -> None:
-  """Names the first thing in which two descriptions differ."""
-  was, now = (one | one["fields"] for one in (found, wanted))
-  for name in sorted((was.keys() | now.keys()) - {"fields"}):
-    a, b = was.get(name), now.get(name)
-    if a == b:
-      continue
-    if name == "ids":
-      raise ConfigError(
-        f"{folder} holds numbers of other records: its ids "
-        f"have the digest {a[:12]}, these {b[:12]}; use "
-        "another folder or make it again"
-      )
-    raise ConfigError(
-      f"{folder} was made by something else: {name} was {a!r}, now {b!r}; "
-      "use another folder or make it again"
-    )
-
-
 def create(
   folder: Any,
   ids: np.ndarray,
   columns: dict[str, ArraySpec],
   *,
   fields: dict[str, Any],
-  shard: int = SHARD,
+  shard: int,
 ) -> Store:
   """Makes a store, or finds the one to resume.
 
   Args:
     folder: of the store alone; all processes call.
     ids: [N] record ids, sorted; see `encoded`.
-    columns: name -> what a row looks like.
+    columns: by name.
     fields: JSON values that name what makes the numbers: model, data, options.
     shard: rows of a shard.
 
@@ -164,8 +142,15 @@ def create(
   description = dict(rows=len(ids), shard=shard, fields=fields, columns=columns)
   description = json.loads(json.dumps(description | dict(ids=_digest(ids))))
   found, wanted = _read_description(folder), _store(folder, description)
-  if found is not None:
-    _refuse(folder, found, description)
+  was, now = (d | d["fields"] for d in (found or description, description))
+  for name in sorted((was.keys() | now.keys()) - {"fields"}):
+    a, b = was.get(name), now.get(name)
+    if a != b:
+      what = f"was made by something else: {name} was {a!r}, now {b!r}"
+      if name == "ids":
+        digests = f"its ids have the digest {a[:12]}, these {b[:12]}"
+        what = f"holds numbers of other records: {digests}"
+      raise ConfigError(f"{folder} {what}; use another folder or make it again")
   sharding.barrier("store is looked at")
   if jax.process_index() == 0:
     if found is None:
@@ -200,9 +185,6 @@ def open_store(folder: Any) -> Store:
   return store
 
 
-# Where the rows of a column lie.
-
-
 def _in_bucket(store: Store) -> bool:
   return "://" in str(store.folder)
 
@@ -219,7 +201,7 @@ def _layout(store: Store, name: str) -> tuple[bytes, np.dtype, tuple]:
 
 
 def _make_room(store: Store, name: str) -> None:
-  """A file with room for all rows; those that are there stay."""
+  """A file for all rows, in which those already written stay."""
   if _in_bucket(store):
     return
   header, dtype, shape = _layout(store, name)
@@ -232,8 +214,8 @@ def _make_room(store: Store, name: str) -> None:
 def _write_rows(store: Store, name: str, shard: int, x: np.ndarray) -> None:
   """The rows of one shard, as the file holds them."""
   if _in_bucket(store):
-    path = store.folder / name / f"{shard:05d}.npy"
-    return disk.write_array(path, x)
+    disk.write_array(store.folder / name / f"{shard:05d}.npy", x)
+    return
   header, dtype, shape = _layout(store, name)
   row = dtype.itemsize * math.prod(shape[1:])
   path = os.fspath(store.folder / f"{name}.npy")
@@ -246,12 +228,10 @@ def _write_rows(store: Store, name: str, shard: int, x: np.ndarray) -> None:
       f"cannot write {path}: {error.strerror or error}; free "
       "space or permissions, or another --workdir"
     ) from error
-  return None
 
 
 def _read_rows(store: Store, name: str, shard: int) -> np.ndarray:
-  """The rows of one shard, as the file holds them; ValueError if it has not
-  the size it should have."""
+  """The rows of one shard, as the file holds them; ValueError if misshapen."""
   start, stop = store.bounds(shard)
   _, dtype, shape = _layout(store, name)
   if _in_bucket(store):
@@ -262,9 +242,6 @@ def _read_rows(store: Store, name: str, shard: int) -> np.ndarray:
   if x.shape != shape or x.dtype != dtype:
     raise ValueError(f"{name} is {x.dtype}{list(x.shape)}")
   return x if _in_bucket(store) else x[start:stop]
-
-
-# Shards.
 
 
 def _side(store: Store, shard: int) -> epath.Path:
@@ -307,7 +284,7 @@ def write_shard(
   disk.write_json(_side(store, shard), side | dict(digest=_digest(side)))
 
 
-def damage(store: Store, shard: int, ids: np.ndarray) -> str | None:
+def _damage(store: Store, shard: int, ids: np.ndarray) -> str | None:
   """Why a shard has to be made: "" where it is absent, None where it is whole.
 
   Every byte of the shard is read.
@@ -321,31 +298,30 @@ def damage(store: Store, shard: int, ids: np.ndarray) -> str | None:
       raise ValueError("digest")
     if side["key"] != store.key:
       return "is of another store"
-    if side["ids"] != _digest(encoded(ids)[slice(*store.bounds(shard))]):
+    if side["ids"] != _digest(ids[slice(*store.bounds(shard))]):
       return "is of other records"
     digests = dict(side["columns"])
   except (ValueError, KeyError, TypeError, AttributeError):
     return "its record has other bytes than were written"
   for name in store.columns:
     try:
-      if _digest(_read_rows(store, name, shard)) == digests.get(name):
-        continue
+      whole = _digest(_read_rows(store, name, shard)) == digests.get(name)
     except (ValueError, OSError, EOFError):
-      pass
-    return f"{name} has other bytes than were written"
+      whole = False
+    if not whole:
+      return f"{name} has other bytes than were written"
   return None
 
 
 def pending(store: Store, ids: np.ndarray) -> list[int]:
   """The shards to make, ascending; what is there is read and checked.
 
-  Each process checks its part of the shards; all get the same answer. A shard
-  that is there and not whole is said, with its name.
+  Each process checks some of the shards; all get the same answer. A shard that
+  is there and not whole is reported, with its name.
   """
-  ids, mine = encoded(ids), jax.process_index()
-  wanted = np.zeros(store.shards, np.int32)
-  for shard in range(mine, store.shards, jax.process_count()):
-    why = damage(store, shard, ids)
+  ids, wanted = encoded(ids), np.zeros(store.shards, np.int32)
+  for shard in range(jax.process_index(), store.shards, jax.process_count()):
+    why = _damage(store, shard, ids)
     wanted[shard] = why is not None
     if why:
       progress.say(f"  shard {shard:05d}: {why}; doing it again")
@@ -354,15 +330,6 @@ def pending(store: Store, ids: np.ndarray) -> list[int]:
 
     wanted = np.asarray(multihost_utils.process_allgather(wanted)).sum(0)
   return np.flatnonzero(wanted).tolist()
-
-
-def owned(shards: Iterable[int]) -> list[list[int]]:
-  """Shards -> those of every process: one writer each, dealt in turn."""
-  shards, count = list(shards), jax.process_count()
-  return [shards[process::count] for process in range(count)]
-
-
-# Reading.
 
 
 def scratch(shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Texts to embeddings by an encoder, on the mesh, in length buckets.
 
-Row-parallel and in fixed tiles, as in `embed`: an embedding is the same bits
-on any mesh, under any order of the texts and beside any other texts.
+Row-parallel and in fixed tiles, as in `passes`: an embedding is the same bits
+on any mesh, in any order of the texts and among any other texts.
 """
 
 from collections.abc import Sequence
@@ -11,13 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tokenizers
+from tokenizers import normalizers, Tokenizer
 
 from jaxalign.core import progress, sharding
 from jaxalign.core.errors import ConfigError, DataError, NumericError
 from jaxalign.core.hub import resolve_settings
 from jaxalign.model import encoder, weights
-from jaxalign.model.flops import encoder_flops
 from jaxalign.model.parameters import by_row, Params
 
 _CHUNK = 1024  # texts tokenised between two ticks of the bar
@@ -26,7 +25,7 @@ _SPARE = 128  # rows a table may have beyond its tokenizer (rounded up sizes)
 
 def read_encoder(
   folder: Any, mesh: jax.sharding.Mesh, pooling: str = ""
-) -> tuple[Params, encoder.EncoderConfig, tokenizers.Tokenizer]:
+) -> tuple[Params, encoder.EncoderConfig, Tokenizer]:
   """Parameters on the mesh, sizes and tokenizer of an encoder's folder.
 
   Args:
@@ -35,13 +34,11 @@ def read_encoder(
     pooling: as of `encoder.read_encoder_config`.
   """
   m = encoder.read_encoder_config(folder, pooling=pooling)
-  tok = read_tokenizer(folder, m)
-  return weights.load_weights(folder, encoder.encoder_layout(m), mesh), m, tok
+  tok, layout = read_tokenizer(folder, m), encoder.encoder_layout(m)
+  return weights.load_weights(folder, layout, mesh), m, tok
 
 
-def read_tokenizer(
-  folder: Any, m: encoder.EncoderConfig
-) -> tokenizers.Tokenizer:
+def read_tokenizer(folder: Any, m: encoder.EncoderConfig) -> Tokenizer:
   """`tokenizer.json` of an encoder's folder, cutting texts at its context.
 
   Raises:
@@ -55,28 +52,24 @@ def read_tokenizer(
       "transformers' AutoTokenizer(...).save_pretrained"
     )
   try:
-    tok = tokenizers.Tokenizer.from_str(path.read_text())
+    tok = Tokenizer.from_str(path.read_text())
   except Exception as error:  # tokenizers raises no narrower class
     raise DataError(f"{path} cannot be read: {error}") from error
   size = 1 + max(tok.get_vocab(with_added_tokens=True).values(), default=-1)
   if not size <= m.vocab < size + _SPARE:
     raise ConfigError(
-      f"{path} has {size} tokens, the encoder beside it "
+      f"{path} has {size} tokens, the encoder in its folder "
       f"{m.vocab}: they are not of one model"
     )
   tok.no_padding()
   tok.enable_truncation(m.context)
   if m.lower:
-    first = tokenizers.normalizers.Lowercase()
-    tok.normalizer = (
-      first
-      if tok.normalizer is None
-      else tokenizers.normalizers.Sequence([first, tok.normalizer])
-    )
+    steps = [normalizers.Lowercase(), tok.normalizer]
+    tok.normalizer = normalizers.Sequence([s for s in steps if s is not None])
   return tok
 
 
-def sizes(context: int) -> np.ndarray:
+def padded_sizes(context: int) -> np.ndarray:
   """The lengths that rows are padded to, ascending, the last the context.
 
   Steps of 16, and above 64 four to a doubling: few shapes to compile, and a
@@ -107,11 +100,10 @@ def embed_texts(
   mesh: Any,
   params: Params,
   m: encoder.EncoderConfig,
-  tok: tokenizers.Tokenizer,
+  tok: Tokenizer,
   texts: Sequence[str],
   *,
   tile: int = 1024,
-  label: str = "embed",
 ) -> np.ndarray:
   """Embeds every text.
 
@@ -124,7 +116,6 @@ def embed_texts(
     tile: tokens, with padding, that a device runs at once (one row at
       least); part of the numbers' definition. What is right for a CPU's
       caches; a larger device wants more.
-    label: what the progress bar says.
 
   Returns:
     [N, E] float32, in the order of the texts.
@@ -134,64 +125,52 @@ def embed_texts(
     DataError: no texts, or one that has no token.
     NumericError: an embedding that is not finite; names the rows.
   """
-  if not len(texts):
-    raise DataError(f"{label}: no texts to embed")
-  if tile < 1:
-    raise ConfigError(f"{label}: a tile of {tile} tokens, wanted 1 or more")
-  fn = _row_fn(mesh, m)
   n = len(texts)
-  out = np.zeros((n, m.width), np.float32)
-  with progress.bar(label, n) as tick:
+  if not n:
+    raise DataError("embed: no texts to embed")
+  if tile < 1:
+    raise ConfigError(f"embed: a tile of {tile} tokens, wanted 1 or more")
+  fn, out = _row_fn(mesh, m), np.zeros((n, m.width), np.float32)
+  with progress.bar("embed", n) as tick:
     ids = []
     for at in range(0, n, _CHUNK):
-      part = [m.prompt + text for text in texts[at : at + _CHUNK]]
-      ids += [e.ids for e in tok.encode_batch_fast(part)]
+      some = [m.prompt + text for text in texts[at : at + _CHUNK]]
+      ids += [e.ids for e in tok.encode_batch_fast(some)]
     lengths = np.array([len(i) for i in ids], np.int32)
     if not lengths.all():
       raise DataError(
-        f"{label}: text {int(np.argmin(lengths))} has no token; "
+        f"embed: text {int(np.argmin(lengths))} has no token; "
         "the tokenizer adds none of its own"
       )
-    ladder = sizes(m.context)
+    ladder = padded_sizes(m.context)
     buckets = ladder[np.searchsorted(ladder, lengths)]
     waiting = []
+
+    def collect(some, result):
+      out[some] = sharding.fetch(result)[: len(some)]
+      tick(len(some))
+
     for size in np.unique(buckets)[::-1]:  # the longest first: memory shows
       index = np.flatnonzero(buckets == size)
       step = max(1, tile // int(size)) * mesh.size
       for at in range(0, len(index), step):
-        part = index[at : at + step]
+        some = index[at : at + step]
         # A short last call repeats its first row: shapes stay the same.
-        full = np.concatenate([part, np.repeat(part[:1], step - len(part))])
+        full = np.concatenate([some, np.repeat(some[:1], step - len(some))])
         tokens = np.zeros((step, size), np.int32)
         for row, i in zip(tokens, full):
           row[: lengths[i]] = ids[i]
-        batch = dict(
-          tokens=sharding.put(mesh, tokens, "pool"),
-          length=sharding.put(mesh, lengths[full], "pool"),
-        )
-        waiting.append((part, fn(params, batch, {})))
+        batch = dict(tokens=tokens, length=lengths[full])
+        batch = {k: sharding.put(mesh, x, "pool") for k, x in batch.items()}
+        waiting.append((some, fn(params, batch, {})))
         if len(waiting) > 2:  # keep the device busy, the memory bounded
-          _collect(out, *waiting.pop(0), tick)
-    for part, result in waiting:
-      _collect(out, part, result, tick)
+          collect(*waiting.pop(0))
+    for some, result in waiting:
+      collect(some, result)
   bad = np.flatnonzero(~np.isfinite(out).all(1))
   if len(bad):
     raise NumericError(
-      f"{label}: {len(bad)} of {n} embeddings are not "
-      f"finite, rows {bad[:8].tolist()}; look at these texts "
-      "and at the encoder's weights"
+      f"embed: {len(bad)} of {n} embeddings are not finite, rows "
+      f"{bad[:8].tolist()}; look at these texts and at the encoder's weights"
     )
   return out
-
-
-def _collect(out: np.ndarray, part: np.ndarray, result, tick) -> None:
-  out[part] = sharding.fetch(result)[: len(part)]
-  tick(len(part))
-
-
-def flops(m: encoder.EncoderConfig, lengths: np.ndarray) -> int:
-  """Floating-point operations of rows of these lengths, no padding."""
-  each, counts = np.unique(lengths, return_counts=True)
-  return int(
-    sum(encoder_flops(m, int(s)) * int(c) for s, c in zip(each, counts))
-  )

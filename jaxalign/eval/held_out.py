@@ -93,12 +93,7 @@ def answer_rows(
   ids = [
     np.concatenate([p, a]).astype(np.int32) for p, a in zip(prompts, answers)
   ]
-  return tokens_lib.TokenRows(
-    np.concatenate(ids),
-    np.cumsum([0] + [len(x) for x in ids]),
-    np.array([len(p) for p in prompts], np.int32),
-    np.zeros(len(ids), np.int32),
-  )
+  return tokens_lib.join_rows(ids, [len(p) for p in prompts])
 
 
 def score_answers(
@@ -116,9 +111,8 @@ def score_answers(
   new, tile, chunk = options.new_tokens, options.tile, options.chunk
   prompts = [decode.fitting(p, m, new) for p in prompts_of(data)]
   rows = answer_rows(prompts, answers)
-  return passes.score_rows(
-    mesh, params, m, rows, tile=tile, chunk=chunk, label="score answers"
-  ).logp
+  how = passes.PassOptions(tile, chunk, label="score answers")
+  return passes.score_rows(mesh, params, m, rows, how).logp
 
 
 def true_rewards(data: EvalSet, texts: Sequence[str]) -> np.ndarray:
@@ -161,8 +155,9 @@ def run_policy(
   mesh: Any, params: Any, m: Any, data: EvalSet, options: EvalOptions
 ) -> PolicyOutputs:
   """Scores the held-out responses, generates answers, and scores those."""
-  how = dict(tile=options.tile, chunk=options.chunk, label="score held-out")
-  scored = passes.score_rows(mesh, params, m, data.tokens, **how)
+  tile, chunk = options.tile, options.chunk
+  how = passes.PassOptions(tile, chunk, label="score held-out")
+  scored = passes.score_rows(mesh, params, m, data.tokens, how)
   answers = write_answers(mesh, params, m, data, options)
   texts = answer_texts(data.tokenizer, answers)
   rows = answer_rows(prompts_of(data), answers)
@@ -172,7 +167,7 @@ def run_policy(
     texts,
     score_answers(mesh, params, m, data, answers, options),
     None if data.world is None else true_rewards(data, texts),
-    passes.flops(m, data.tokens) + 2 * passes.flops(m, rows),
+    passes.pass_flops(m, data.tokens) + 2 * passes.pass_flops(m, rows),
     len(data.tokens.ids) + 2 * len(rows.ids),
   )
 

@@ -16,8 +16,10 @@ import numpy as np
 from jaxalign.core import artifacts, disk, hub
 from jaxalign.core.artifacts import Cost
 from jaxalign.core.errors import ConfigError
-from jaxalign.data import prepare, tokens
+from jaxalign.data import prepare
 from jaxalign.embed import questions, row_scores
+from jaxalign.embed.embedder import token_rows_of
+from jaxalign.embed.passes import PassOptions, sum_flops
 from jaxalign.eval import held_out, judge_endpoint, winrate
 from jaxalign.eval.judge_endpoint import Endpoint, Pair
 from jaxalign.eval.verdict_cache import VerdictCache
@@ -64,7 +66,9 @@ def _reward_config(c: Any) -> reward.RewardConfig:
   r = reward.read_reward_config(
     c.judge.checkpoint, c.model.dtype, "config.judge.checkpoint"
   )
-  context = min(r.model.context, prepare.asked_context(c) or r.model.context)
+  context = min(
+    r.model.context, prepare.requested_context(c) or r.model.context
+  )
   return r._replace(model=r.model._replace(context=context))
 
 
@@ -254,17 +258,17 @@ class _Rewards:
       disk.write_json(folder / "refused.json", sorted(refused))
       return rows
 
-    rows = row_scores.tokens_of(folder, encoded)
+    rows = token_rows_of(folder, encoded)
     self.files.append(folder.name)
     refused = disk.read_json(folder / "refused.json")
     out = np.full(len(texts), np.nan)
     kept = np.setdiff1d(np.arange(len(texts)), refused)
     if len(kept):
+      how = PassOptions(self.job.c.embed.tile, label="rewards")
       out[kept] = row_scores.reward_rows(
-        self.job.mesh, self.params, self.r, rows, tile=self.job.c.embed.tile
+        self.job.mesh, self.params, self.r, rows, how
       )
-    lengths = tokens.row_lengths(rows).tolist()
-    self.flops += sum(reward_flops(self.r, n) for n in lengths)
+    self.flops += sum_flops(rows, lambda n: reward_flops(self.r, n))
     self.tokens += len(rows.ids)
     return out
 

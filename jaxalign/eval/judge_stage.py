@@ -20,7 +20,7 @@ from jaxalign.core.errors import DataError
 from jaxalign.core.settings import pick
 from jaxalign.core.stage import Made
 from jaxalign.data import world as world_lib
-from jaxalign.embed import row_scores
+from jaxalign.embed.over_pool import checkpoint_digest
 from jaxalign.eval import held_out, judging, winrate
 from jaxalign.eval.judge_kinds import (
   CONTROLS,
@@ -95,7 +95,7 @@ def judge_fields(job: Job, arm: Arm | None) -> dict[str, Any]:
   judge = JUDGES[kind_of(job.c)]
   fields = pick(job.c, *_VERDICT, *judge.knobs)
   if judge.model:
-    fields["checkpoint"] = row_scores.digest_of(job.c.judge[judge.model])
+    fields["checkpoint"] = checkpoint_digest(job.c.judge[judge.model])
   return fields
 
 

@@ -320,9 +320,9 @@ def _answers(job: Job, name: str, index: np.ndarray) -> Measure:
       )
 
   def score(params, m):
-    how = dict(tile=c.embed.tile, chunk=c.model.head_chunk)
-    how["label"] = f"eval {name}"
-    scored = passes.score_rows(job.mesh, params, m, rows, **how)
+    tile, chunk, label = c.embed.tile, c.model.head_chunk, f"eval {name}"
+    how = passes.PassOptions(tile, chunk, label=label)
+    scored = passes.score_rows(job.mesh, params, m, rows, how)
     return scored.logp.reshape(-1, each), scored.count.reshape(-1, each)
 
   known = []  # of the reference: one pass, at the first evaluation
@@ -349,8 +349,11 @@ def _answers(job: Job, name: str, index: np.ndarray) -> Measure:
     return out
 
   def cost(values):  # of the policy each time, of the reference once
-    times = len(values) + bool(values)
-    return Cost(times * passes.flops(job.model, rows), times * len(rows.ids))
+    times, flops = (
+      len(values) + bool(values),
+      passes.pass_flops(job.model, rows),
+    )
+    return Cost(times * flops, times * len(rows.ids))
 
   return Measure(measure, cost)
 
@@ -394,7 +397,7 @@ def _generations(job: Job) -> Measure:
     out["entropy"] = float(-own.sum() / max(sum(map(len, answers)), 1))
     out["kl"] = float(np.mean(own - score(job.reference, job.model)))
     rows = held_out.answer_rows(prompts, answers)
-    return out | wins | dict(flops=3.0 * passes.flops(job.model, rows))
+    return out | wins | dict(flops=3.0 * passes.pass_flops(job.model, rows))
 
   def cost(values):
     read = len(values) * sum(map(len, prompts))

@@ -10,8 +10,9 @@ import jax
 import numpy as np
 
 from jaxalign.core import artifacts, disk, progress
+from jaxalign.core.artifacts import Description
 from jaxalign.core.checkpoints import restore_params
-from jaxalign.core.stage import Stage
+from jaxalign.core.stage import names_of, Stage
 from jaxalign.data import prepare, tables
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data.tokenizer import load_tokenizer, Tokenizer
@@ -72,73 +73,69 @@ class Job:
     self.stages = {stage.name: stage for stage in stages}
     self.planned: frozenset[str] = frozenset()  # shared stages it will run
     self.records: dict[tuple[str, str], artifacts.Record] = {}
-    self.described: dict[str, dict[str, Any]] = {}  # by stage, the last run
+    self.described: dict[str, Description] = {}  # by stage, the last run
     self.kept: dict[str, Any] = {}  # what a room makes once a job
 
   def folder(self, stage: Stage, arm: Arm | None = None) -> epath.Path:
     """Where a stage leaves its files."""
-    return arm_folder(self, arm) if stage.of_arm else self.shared / stage.name
+    own = stage.kind.of_arm
+    return arm_folder(self, arm) if own else self.shared / stage.name
 
-  def describe(self, stage: Stage, arm: Arm | None = None) -> dict[str, Any]:
-    """The arguments of `artifacts.run` on what a stage is made from."""
-    fields, inputs = {}, {}
-    for need in stage.needs(self, arm):
+  def describe(self, stage: Stage, arm: Arm | None = None) -> Description:
+    """What a stage is made from."""
+    fields, inputs, kind = {}, {}, stage.kind
+    for need in names_of(stage.needs, self, arm):
       name, other = need if isinstance(need, tuple) else (need, arm)
-      own = name in self.stages and self.stages[name].of_arm
+      own = name in self.stages and self.stages[name].kind.of_arm
       label = f"{name} of {other.name}" if other is not arm else name
       record = self.records[other.name if own else "", name]
-      # Another checkpoint is another config, to be refused; the new output of
-      # a stage makes those below it stale.
-      given = fields if artifacts.is_given(record) else inputs
-      given[label] = record.content
-    return dict(
-      fields=fields | stage.fields(self, arm),
-      inputs=inputs,
-      resumes=tuple(stage.resumes(self, arm)),
-      mends=stage.repairs,
-      redo=self.redo or stage.remakes,
+      # Another checkpoint is another config, to be refused; what a stage made
+      # anew makes those below it stale.
+      into = fields if artifacts.is_given(record) else inputs
+      into[label] = record.content
+    return Description(
+      fields | stage.fields(self, arm),
+      inputs,
+      self.redo or kind.remakes,
+      names_of(kind.resumes, self, arm),
+      kind.repairs,
+      tuple(kind.volatile.split()),
     )
 
   def run(
     self, stage: Stage | str, arm: Arm | None = None, folder: Any = None
   ) -> artifacts.Record:
-    """Runs a stage unless it is finished; its record is kept for the ledger."""
+    """Runs or skips a stage; its record is kept for the ledger."""
     stage = self.stages[stage] if isinstance(stage, str) else stage
-    key = arm.name if stage.of_arm else "", stage.name
-    if digest := stage.given(self):
-      record = artifacts.given(stage.name, digest)
+    kind, name = stage.kind, stage.name
+
+    def make(folder):
+      if kind.alone and jax.process_index() != 0:
+        return [], artifacts.Cost(), {}
+      return stage.make(self, arm, folder)
+
+    if digest := kind.given(self):
+      record = artifacts.given(name, digest)
     else:
-
-      def make(folder):
-        if stage.alone and jax.process_index() != 0:
-          return [], artifacts.Cost(), {}
-        return stage.make(self, arm, folder)
-
-      made_of = self.described[stage.name] = self.describe(stage, arm)
-      record = artifacts.run(
-        self.folder(stage, arm) if folder is None else folder,
-        stage.name,
-        make=make,
-        volatile=stage.volatile,
-        **made_of,
-      )
+      folder = self.folder(stage, arm) if folder is None else folder
+      how = self.described[name] = self.describe(stage, arm)
+      record = artifacts.run(folder, name, how, make)
     for warning in record.result.get("warnings", ()):
       progress.say(f"  warning: {warning}")
-    self.records[key] = record
+    self.records[arm.name if kind.of_arm else "", name] = record
     return record
 
   def begin(self, name: str, result: dict[str, Any]) -> bool:
     """Marks a shared stage as begun, see `artifacts.begin`."""
     stage = self.stages[name]
-    return artifacts.begin(
-      self.folder(stage), name, result=result, **self.describe(stage)
-    )
+    how = self.describe(stage)
+    return artifacts.begin(self.folder(stage), name, how, result)
 
   def made_of(self, name: str) -> dict[str, Any]:
     """The fields and inputs of a shared stage, flat."""
     # Not described twice: that may digest a whole checkpoint.
-    made_of = self.described.get(name) or self.describe(self.stages[name])
-    return made_of["fields"] | made_of["inputs"]
+    how = self.described.get(name) or self.describe(self.stages[name])
+    return how.fields | how.inputs
 
   @property
   def responses(self) -> int:

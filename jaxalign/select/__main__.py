@@ -1,6 +1,6 @@
 """`python -m jaxalign.select`: see jaxalign/cli/select.py."""
 
-import runpy
+from jaxalign.cli.exits import start_module
 
 if __name__ == "__main__":
-  runpy.run_module("jaxalign.cli.select", run_name="__main__", alter_sys=True)
+  start_module("jaxalign.cli.select", "jaxalign: reading the config")

@@ -1,4 +1,4 @@
-"""The select stage of an arm: scores and the kept rows."""
+"""The select stage of an arm: scores and the selected rows."""
 
 from collections.abc import Callable
 import inspect
@@ -19,15 +19,52 @@ from jaxalign.data.row_table import RowTable
 from jaxalign.embed import embedder, store
 from jaxalign.model import memory
 from jaxalign.model.job import Arm, arm_folder, Job
-from jaxalign.select import columns as columns_lib
-from jaxalign.select import costs, fit_mixture, selection_report
+from jaxalign.select import columns, costs, fit_mixture
+from jaxalign.select.columns import uses_mixture
 from jaxalign.select.pool import checked, Pool
 from jaxalign.select.samplers import chains, vectors
-from jaxalign.select.selection_report import reasons
+from jaxalign.select.selection_report import jaccard, reasons
 from jaxalign.select.topk import budget_rows
 
+READING = 1e9  # bytes a second from a disk
+SECONDS_A_ROW = 3e-5  # ids hashed, rows written
+FILES = (
+  "scores.parquet",
+  "subset.parquet",
+  "selected.npy",
+  "diagnostics.json",
+  "config.json",
+)
 
-def _kwargs(c, arm, sampler) -> dict:
+
+def sampler_kwargs(c: Any, sampler: Callable) -> dict[str, Any]:
+  """The keywords of config.select that this sampler takes, checked.
+
+  Those that are the sampler's defaults are left out: an arm is the same whether
+  or not the config's keywords are meant for it.
+  """
+  bound = getattr(sampler, "keywords", ())  # in brackets
+  known = {
+    p.name: p.default
+    for p in inspect.signature(sampler).parameters.values()
+    if p.kind == p.KEYWORD_ONLY and p.name not in bound
+  }
+  given = c.select.kwargs.to_dict()
+  if unknown := [name for name in given if name not in known]:
+    raise ConfigError(
+      f"sampler {c.select.sampler!r} takes no {unknown[0]!r}; it "
+      f"takes {', '.join(sorted(known)) or 'no keywords'}; "
+      "set config.select.kwargs"
+    )
+  kwargs = dict(order=c.select.order, pair_score=c.select.pair_score) | given
+  return {
+    n: v
+    for n, v in kwargs.items()
+    if n in known and not (type(v) is type(known[n]) and v == known[n])
+  }
+
+
+def _kwargs(c: Any, arm: Arm, sampler: Callable) -> dict[str, Any]:
   """Keywords of the config, which are those of the chosen sampler alone."""
   return sampler_kwargs(c, sampler) if arm.sampler == c.select.sampler else {}
 
@@ -35,7 +72,7 @@ def _kwargs(c, arm, sampler) -> dict:
 def estimate(
   job: Job, arm: Arm, rows: int, width: int, residual: int
 ) -> costs.Estimate | None:
-  """What an arm's choice takes, all fits of a mixture counted.
+  """The cost of an arm's selection, all fits of a mixture counted.
 
   Args:
     job: the run.
@@ -50,42 +87,35 @@ def estimate(
     ConfigError: a keyword that cannot be counted with, a word for a number.
   """
   c, sampler = job.c, chains.named(arm.sampler)
+  budget = budget_rows(arm.budget, rows, c.train.batch_size)
+  responses = 2 if job.kind == "pairs" else 1
+  sizes = costs.Sizes(rows, width, budget, responses, residual)
   try:
-    found = costs.estimate(
-      sampler,
-      costs.Sizes(
-        rows,
-        width,
-        budget_rows(arm.budget, rows, c.train.batch_size),
-        2 if job.kind == "pairs" else 1,
-        residual,
-      ),
-      **_kwargs(c, arm, sampler),
-    )
+    found = costs.estimate(sampler, sizes, **_kwargs(c, arm, sampler))
   except (TypeError, ArithmeticError) as error:
     raise ConfigError(
       f"sampler {arm.sampler!r} cannot work with its keywords "
       f"({error}); set config.select.kwargs"
     ) from error
-  if found is None or "log_likelihood" not in sampler.needs:
+  if found is None or not uses_mixture(sampler):
     return found
   fits = 1 + fit_mixture.refits(c)
   return found._replace(flops=fits * found.flops, on_host=fits * found.on_host)
 
 
 def hours(job: Job, found: costs.Estimate) -> float:
-  """Assumed time of a choice itself, on this mesh and its host."""
+  """Assumed time of a selection itself, on this mesh and its host."""
   return devices.seconds_for(found.flops, found.on_host, job.mesh) / 3600
 
 
 def check_hours(job: Job, arms: list[Arm]) -> None:
-  """Refuses a choice that takes days before anything is embedded for it.
+  """Refuses a selection that takes days before anything is embedded for it.
 
-  A sampler refuses too, once it has its rows: what is a keyword of its own is
-  said there. Here the sizes of the pool alone are known.
+  A sampler refuses too, once it has its rows, and for its own keywords; here
+  the sizes of the pool alone are known.
 
   Raises:
-    ConfigError: an arm would take more than `rows.HOURS`, with the number.
+    ConfigError: an arm would take more than `vectors.HOURS`, with the number.
   """
   rows, m = len(job.column("pool", "id")), job.model
   width = embedder.choose(job.c, m).model.width
@@ -102,19 +132,16 @@ def check_hours(job: Job, arms: list[Arm]) -> None:
       )
 
 
-READING = 1e9  # bytes a second from a disk
-SECONDS_A_ROW = 3e-5  # ids hashed, rows written
-FILES = (
-  "scores.parquet",
-  "subset.parquet",
-  "selected.npy",
-  "diagnostics.json",
-  "config.json",
-)
-
-
-def _uses_mixture(sampler: Callable) -> bool:
-  return "log_likelihood" in sampler.needs
+def select_price(z: JobSizes, arm: Arm) -> Price | None:
+  """The sampler's own estimate; None of one that has none."""
+  job, pool = z.job, z.rows["pool"]
+  width = embedder.choose(job.c, z.model).model.width
+  found = estimate(job, arm, pool, width, z.model.width)
+  if found is None:
+    return None
+  seconds = devices.seconds_for(found.flops, found.on_host, job.mesh)
+  seconds += found.read / READING + pool * SECONDS_A_ROW
+  return Price(pool, "rows", found.flops, seconds, found.held, found.device)
 
 
 def chosen_arm(job: Job, arm: Arm) -> Arm:
@@ -125,16 +152,12 @@ def chosen_arm(job: Job, arm: Arm) -> Arm:
 def select_needs(job: Job, arm: Arm) -> list:
   """The stages that an arm's sampler reads, and another arm's selection."""
   sampler = chains.named(arm.sampler)
-  return [
-    "data",
-    *columns_lib.stages(job.c, job.kind, sampler),
-    *(["mixture"] if _uses_mixture(sampler) else []),
-    *([("select", chosen_arm(job, arm))] if "subset" in sampler.needs else []),
-  ]
+  other = [("select", chosen_arm(job, arm))] * ("subset" in sampler.needs)
+  return ["data", *columns.stages(job.c, job.kind, sampler), *other]
 
 
 def select_fields(job: Job, arm: Arm) -> dict[str, Any]:
-  """What the kept rows depend on, beside the columns that are read."""
+  """What the selection depends on, apart from the columns that are read."""
   kwargs = _kwargs(job.c, arm, chains.named(arm.sampler))
   fields = dict(sampler=arm.sampler, budget=arm.budget, seed=arm.seed)
   fields |= dict(batch_size=job.c.train.batch_size, **kwargs)
@@ -142,30 +165,29 @@ def select_fields(job: Job, arm: Arm) -> dict[str, Any]:
 
 
 def make_selection(job: Job, arm: Arm, folder: Any) -> Made:
-  """Scores the pool and keeps the budget."""
+  """Scores the pool and selects the budget."""
   c, sampler = job.c, chains.named(arm.sampler)
   ids = np.array(job.column("pool", "id"))
-  columns, n = columns_lib.gather(job, sampler), len(ids)
+  table, n = columns.gather(job, sampler), len(ids)
   if "subset" in sampler.needs:
     others = selected_rows(job, chosen_arm(job, arm))
-    columns["subset"] = np.isin(np.arange(n), others)
-  budget = budget_rows(arm.budget, n, c.train.batch_size)
-  fits = [{}]
-  if _uses_mixture(sampler):
+    table["subset"] = np.isin(np.arange(n), others)
+  budget, fits = budget_rows(arm.budget, n, c.train.batch_size), [{}]
+  if uses_mixture(sampler):
     fits = [dict(log_likelihood=x) for x in fit_mixture.likelihoods(job)]
   kwargs = _kwargs(c, arm, sampler)
   with peak_memory() as peak:
-    found = [
-      sampler(arm.seed, Pool(ids, columns | x), budget, **kwargs) for x in fits
+    made = [
+      sampler(arm.seed, Pool(ids, table | x), budget, **kwargs) for x in fits
     ]
-    chosen = [checked(x, n, budget, arm.sampler) for x in found]
-  selection, diagnostics = chosen[0], {}
-  if _uses_mixture(sampler):
+    made = [checked(x, n, budget, arm.sampler) for x in made]
+  selection, diagnostics = made[0], {}
+  if uses_mixture(sampler):
     path = job.shared / "mixture" / "diagnostics.json"
-    diagnostics = disk.read_json(path) | dict(stability=_stability(chosen))
-  notes = [*selection.notes, *columns_lib.notes(c, sampler)]
-  kept = tables.read_some(job.shared / "data" / "pool.parquet", selection.rows)
-  if copies := _copies(kept):
+    diagnostics = disk.read_json(path) | dict(stability=_stability(made))
+  notes = [*selection.notes, *columns.notes(c, sampler)]
+  rows = tables.read_some(job.shared / "data" / "pool.parquet", selection.rows)
+  if copies := _copies(rows):
     notes.append(
       f"warning: {copies:,} of the {len(selection.rows):,} chosen rows are "
       "copies of others; leave them out by "
@@ -176,138 +198,85 @@ def make_selection(job: Job, arm: Arm, folder: Any) -> Made:
     diagnostics["notes"] = notes
   likelihood = fits[0].get("log_likelihood")
   _write_scores(folder, ids, selection, likelihood)
-  _write_subset(folder, kept, selection, _sums(job, sampler))
+  _write_subset(folder, rows, selection, _logps(job, sampler))
   disk.write_array(folder / "selected.npy", selection.rows)
   disk.write_json(folder / "diagnostics.json", diagnostics)
   config = json.loads(c.to_json_best_effort()) | dict(arm=arm._asdict())
   disk.write_json(folder / "config.json", config)
-  flops = _flops(job, arm, n, columns)
   say = f"{budget:,} of {n:,} rows, {memory.size(peak['held'])} more held"
-  return list(FILES), Cost(flops), dict(say=say, **peak)
+  return list(FILES), _cost(job, arm, n, table), dict(say=say, **peak)
 
 
-def _flops(job: Job, arm: Arm, n: int, columns: dict) -> int:
-  """What the choice took, by its sampler's own account."""
-  wide = lambda *names: max(
-    [columns[name].shape[-1] for name in names if name in columns], default=0
-  )
-  width = wide("embedding", "answer_embedding")
-  took = estimate(job, arm, n, width, wide("residual"))
-  return int(took.flops) if took else 0
+def _cost(job: Job, arm: Arm, n: int, table: dict[str, np.ndarray]) -> Cost:
+  """What the selection took, by its sampler's own account."""
+  widths = {name: x.shape[-1] for name, x in table.items() if x.ndim}
+  width = max(widths.get(k, 0) for k in ("embedding", "answer_embedding"))
+  took = estimate(job, arm, n, width, widths.get("residual", 0))
+  return Cost(int(took.flops) if took else 0)
 
 
-def _stability(chosen: list) -> dict[str, Any]:
+def _stability(selections: list) -> dict[str, Any]:
   """How far selections under other seeds of the mixture overlap."""
-  overlaps = [
-    selection_report.jaccard(chosen[0].rows, other.rows) for other in chosen[1:]
-  ]
+  first, *others = (x.rows for x in selections)
+  overlaps = [jaccard(first, other) for other in others]
   mean = float(np.mean(overlaps)) if overlaps else None
   return dict(jaccard=overlaps, mean=mean)
 
 
-def _sums(job: Job, sampler: Callable) -> np.ndarray | None:
+def _logps(job: Job, sampler: Callable) -> np.ndarray | None:
   """The reference's log-probs [N, 2] of all pairs, where a pass gave them."""
   c, kind = job.c, job.kind
-  read = [*columns_lib.stages(c, kind, sampler)]
-  read += ["mixture"] if _uses_mixture(sampler) else []
-  source = columns_lib.sums(c, kind, sampler)
-  if kind != "pairs" or source not in columns_lib.before(c, read):
+  source = columns.logps_stage(c, kind, sampler)
+  read = columns.before(c, columns.stages(c, kind, sampler))
+  if kind != "pairs" or source not in read:
     return None
   return store.read(job.shared / source / "store", "logp")
 
 
 def _copies(rows: RowTable) -> int:
   """Rows whose texts, but for case and spaces, an earlier one has."""
-  seen = {
-    tuple(
-      " ".join(row[n].casefold().split())
-      for n in ("prompt", "chosen", "rejected", "completion")
-      if n in row
-    )
-    for row in rows
-  }
+  names = ("prompt", "chosen", "rejected", "completion")
+  plain = lambda text: " ".join(text.casefold().split())
+  seen = {tuple(plain(row[n]) for n in names if n in row) for row in rows}
   return len(rows) - len(seen)
 
 
 def _write_scores(folder, ids, selection, likelihood) -> None:
   """scores.parquet of all rows."""
-  n, kept = len(ids), np.zeros(len(ids), bool)
-  kept[selection.rows] = True
-  columns = dict(
+  n = len(ids)
+  table = dict(
     id=ids.tolist(),
     row=np.arange(n),
     score=np.asarray(selection.score, np.float64),
     rank=reasons.ranks(Pool(ids, {}), selection) - 1,
-    selected=kept,
+    selected=np.isin(np.arange(n), selection.rows),
   )
   if likelihood is not None:
-    for side in range(likelihood.shape[1]):
-      columns[f"log_likelihood_{side}"] = np.float64(likelihood[:, side])
-  tables.write_rows(folder / "scores.parquet", RowTable(pa.table(columns)))
+    for side, x in enumerate(np.float64(likelihood).T):
+      table[f"log_likelihood_{side}"] = x
+  tables.write_rows(folder / "scores.parquet", RowTable(pa.table(table)))
 
 
-def _write_subset(folder, kept, selection, sums) -> None:
-  """subset.parquet of the kept rows, best first.
+def _write_subset(folder, rows, selection, logps) -> None:
+  """subset.parquet of the selected rows, best first.
 
-  `sums` are the reference's log-probabilities [N, 2], where they are known:
+  `logps` are the reference's log-probabilities [N, 2], where they are known:
   columns that TRL reads in place of a reference pass.
   """
 
   def scored():
-    for rank, (i, row) in enumerate(zip(selection.rows, kept)):
+    for rank, (i, row) in enumerate(zip(selection.rows, rows)):
       del row["group"]
       row |= dict(score=float(selection.score[i]), rank=rank)
-      if sums is not None:
+      if logps is not None:
         names = "ref_chosen_logps", "ref_rejected_logps"
-        row |= {name: float(x) for name, x in zip(names, sums[i])}
+        row |= {name: float(x) for name, x in zip(names, logps[i])}
       yield row
 
-  rows = tables.as_read(RowTable.of(scored()))
-  tables.write_rows(folder / "subset.parquet", rows)
+  path = folder / "subset.parquet"
+  tables.write_rows(path, tables.as_read(RowTable.of(scored())))
 
 
 def selected_rows(job: Job, arm: Arm) -> np.ndarray:
-  """Row numbers of the pool that an arm kept, best first."""
+  """Row numbers of the pool that an arm selected, best first."""
   return disk.read_array(arm_folder(job, arm) / "selected.npy")
-
-
-def sampler_kwargs(c: Any, sampler: Callable) -> dict[str, Any]:
-  """The keywords of config.select that this sampler takes, checked.
-
-  Those that say what the sampler does by itself are left out: an arm is the
-  same whether or not the config's keywords are meant for it.
-  """
-  known = {
-    p.name: p.default
-    for p in inspect.signature(sampler).parameters.values()
-    if p.kind == p.KEYWORD_ONLY
-    and p.name not in getattr(sampler, "keywords", ())
-  }  # in brackets
-  named = dict(order=c.select.order, pair_score=c.select.pair_score)
-  kwargs = {n: v for n, v in named.items() if n in known}
-  for name, value in c.select.kwargs.to_dict().items():
-    if name not in known:
-      raise ConfigError(
-        f"sampler {c.select.sampler!r} takes no {name!r}; it "
-        f"takes {', '.join(sorted(known)) or 'no keywords'}; "
-        "set config.select.kwargs"
-      )
-    kwargs[name] = value
-  return {
-    n: v
-    for n, v in kwargs.items()
-    if not (type(v) is type(known[n]) and v == known[n])
-  }
-
-
-def select_price(z: JobSizes, arm: Arm) -> Price | None:
-  """What the sampler says of itself; None of one that says nothing."""
-  job, pool = z.job, z.rows["pool"]
-  width = embedder.choose(job.c, z.model).model.width
-  found = estimate(job, arm, pool, width, z.model.width)
-  if found is None:
-    return None
-  seconds = devices.seconds_for(found.flops, found.on_host, job.mesh)
-  seconds += found.read / READING + pool * SECONDS_A_ROW
-  held = found.held, found.device
-  return Price(pool, "rows", found.flops, seconds, *held)

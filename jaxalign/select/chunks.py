@@ -6,13 +6,16 @@ float64, on the host.
 """
 
 from collections.abc import Callable
+import math
 
 import jax
 import numpy as np
 
 from jaxalign.core import sharding
+from jaxalign.embed.store import scratch
 
 CHUNKS = 64  # of rows; fixed, so that no sum depends on the device count
+LARGE = 1 << 28  # bytes of an array, above which it lies in a file
 BLOCK = 32  # rows of a chunk are a multiple of it
 
 
@@ -72,12 +75,21 @@ def ordered_sum(parts: np.ndarray) -> np.ndarray:
   return total
 
 
-def by_parts(fn: Callable, *columns: np.ndarray) -> np.ndarray:
+def large_empty(shape: tuple[int, ...]) -> np.ndarray:
+  """Float32 to be filled; above LARGE bytes it lies in a file."""
+  large = 4 * math.prod(shape) > LARGE
+  return scratch(shape) if large else np.empty(shape, np.float32)
+
+
+def by_parts(
+  fn: Callable, *columns: np.ndarray, out: np.ndarray | None = None
+) -> np.ndarray:
   """fn of some rows of [N, ...] arrays at a time -> [N, W] float32.
 
-  What is made in float64 on the way is never held for all rows.
+  What is made in float64 on the way is never held for all rows. `out` may be
+  one of the columns; without it, it is as the first of them.
   """
-  out = np.empty(columns[0].shape, np.float32)
+  out = np.empty(columns[0].shape, np.float32) if out is None else out
   for start in range(0, len(out), 4096):
     out[start : start + 4096] = fn(*(c[start : start + 4096] for c in columns))
   return out

@@ -21,15 +21,32 @@ from jaxalign.model.job import Job
 from jaxalign.select import grams
 from jaxalign.select.samplers import chains
 
+# Of what alone some columns can be made: name -> why of nothing else.
+_ONLY = {
+  "reference": "the reference must embed: set config.embed.checkpoint=''",
+  "world": "only the built-in world has it",
+  "records": "the built-in world is one source",
+  "pairs": "DPO compares two answers",
+  "unpaired": "a pair has no label",
+}
+
 
 class Column(NamedTuple):
   """How a column is made."""
 
   make: Callable[[Job], np.ndarray | None]  # None: the records have it not
   stage: str = ""  # whose files it is read from; "": of the data alone
-  lacks: Callable[[Any, str], str] = lambda c, kind: ""  # why not, in words
-  oracle: str = ""  # what it knows that no real data tells; never optional
+  only: str = ""  # of what it can be made, a key of _ONLY
+  oracle: str = ""  # what it knows and no real data has; never optional
   field: str = ""  # of the records, where some have it and others have not
+
+  def lacks(self, c: Any, kind: str) -> str:
+    """Why it cannot be made; "" where it can."""
+    world, unpaired = c.data.source == "world", kind == "unpaired"
+    found = dict(reference=embedder.by_reference(c), world=world)
+    found |= {"": True, "unpaired": unpaired, "pairs": not unpaired}
+    found["records"] = not world
+    return "" if found[self.only] else _ONLY[self.only]
 
 
 def _length(job: Job) -> np.ndarray:
@@ -42,12 +59,13 @@ def _of_rows(name: str) -> Callable[[Job], np.ndarray]:
   return lambda job: np.array(job.column("pool", name))
 
 
-def _stored(stage: str, file: str) -> Callable[[Job], np.ndarray]:
-  return lambda job: store.read(job.shared / stage / "store", file)
+def _stored(stage: str, file: str, **more: str) -> Column:
+  read = lambda job: store.read(job.shared / stage / "store", file)
+  return Column(read, stage, **more)
 
 
-def _file(stage: str, file: str) -> Callable[[Job], np.ndarray]:
-  return lambda job: disk.read_array(job.shared / stage / f"{file}.npy")
+def _held_out(job: Job) -> np.ndarray:
+  return disk.read_array(job.shared / "held_out" / "held_out_loss.npy")
 
 
 def _source(job: Job) -> np.ndarray | None:
@@ -59,22 +77,16 @@ def _source(job: Job) -> np.ndarray | None:
 
 
 def _topic(job: Job) -> np.ndarray:
-  world = prepare.world_of(job.c)
-  return np.array(
-    [world_lib.topic(world, prompt) for prompt in job.column("pool", "prompt")]
-  )
+  world, prompts = prepare.world_of(job.c), job.column("pool", "prompt")
+  return np.array([world_lib.topic(world, prompt) for prompt in prompts])
 
 
 def _true_reward(job: Job) -> np.ndarray:
   """[N, R] of the built-in world: an oracle, which no real data has."""
   world, rows = prepare.world_of(job.c), job.rows("pool")
   sides = ("chosen", "rejected") if job.kind == "pairs" else ("completion",)
-  return np.array(
-    [
-      [world_lib.reward(world, row["prompt"], row[side]) for side in sides]
-      for row in rows
-    ]
-  )
+  reward = lambda row, side: world_lib.reward(world, row["prompt"], row[side])
+  return np.array([[reward(row, side) for side in sides] for row in rows])
 
 
 def _of_tokens(make: Callable[[Any], np.ndarray]) -> Callable[[Job], Any]:
@@ -82,77 +94,44 @@ def _of_tokens(make: Callable[[Any], np.ndarray]) -> Callable[[Job], Any]:
 
   def by_record(job):
     made = make(job.tokens("pool"))
-    n = len(job.column("pool", "id"))
-    return made.reshape(n, -1, made.shape[1])
+    return made.reshape(len(job.column("pool", "id")), -1, made.shape[1])
 
   return by_record
 
 
-def _by_reference(c: Any, kind: str) -> str:
-  del kind
-  return (
-    "the reference must embed: set config.embed.checkpoint=''"
-    if not embedder.by_reference(c)
-    else ""
-  )
-
-
-def _of_world(c: Any, kind: str) -> str:
-  del kind
-  return "" if c.data.source == "world" else "only the built-in world has it"
-
-
-def _of_records(c: Any, kind: str) -> str:
-  del kind
-  return "the built-in world is one source" if c.data.source == "world" else ""
-
-
-def _of_pairs(c: Any, kind: str) -> str:
-  del c
-  return "DPO compares two answers" if kind == "unpaired" else ""
-
-
-def _of_unpaired(c: Any, kind: str) -> str:
-  del c
-  return "" if kind == "unpaired" else "a pair has no label"
-
-
+_TRUE = "the world's true reward"
 COLUMNS = {
   "length": Column(_length),
-  "label": Column(_of_rows("label"), lacks=_of_unpaired),
+  "label": Column(_of_rows("label"), only="unpaired"),
   "group": Column(_of_rows("group")),
-  "topic": Column(_topic, lacks=_of_world),
+  "topic": Column(_topic, only="world"),
   "grams": Column(_of_tokens(grams.counts)),
   "overlap": Column(_of_tokens(grams.overlap)),
-  "embedding": Column(_stored("embed", "embedding"), "embed"),
-  "answer_embedding": Column(_stored("answer", "answer_embedding"), "answer"),
-  "logp": Column(_stored("embed", "logp"), "embed", _by_reference),
-  "logp_count": Column(_stored("embed", "count"), "embed", _by_reference),
-  "residual": Column(_stored("residual", "residual"), "residual"),
-  "least": Column(_stored("residual", "least"), "residual"),
+  "embedding": _stored("embed", "embedding"),
+  "answer_embedding": _stored("answer", "answer_embedding"),
+  "logp": _stored("embed", "logp", only="reference"),
+  "logp_count": _stored("embed", "count", only="reference"),
+  "residual": _stored("residual", "residual"),
+  "least": _stored("residual", "least"),
   "reward": Column(
-    _true_reward, lacks=_of_world, oracle="the world's true reward"
+    _true_reward, only="world", oracle="the world's true reward"
   ),
-  "source": Column(_source, lacks=_of_records, field="source"),
-  "logp_alone": Column(_stored("alone", "logp_alone"), "alone"),
-  "p_yes": Column(_stored("ask", "p_yes"), "ask"),
-  "proxy_logp": Column(_stored("proxy", "proxy_logp"), "proxy", _of_pairs),
-  "proxy_ref_logp": Column(
-    _stored("proxy", "proxy_ref_logp"), "proxy", _of_pairs
-  ),
-  "held_out_loss": Column(
-    _file("held_out", "held_out_loss"), "held_out", _of_pairs
-  ),
+  "source": Column(_source, only="records", field="source"),
+  "logp_alone": _stored("alone", "logp_alone"),
+  "p_yes": _stored("ask", "p_yes"),
+  "proxy_logp": _stored("proxy", "proxy_logp", only="pairs"),
+  "proxy_ref_logp": _stored("proxy", "proxy_ref_logp", only="pairs"),
+  "held_out_loss": Column(_held_out, "held_out", only="pairs"),
 }
 # Where embeddings are of the first layers, these have a store of their own.
 _LAYERS = {
-  "logp": Column(_stored("logps", "logp"), "logps"),
-  "logp_count": Column(_stored("logps", "count"), "logps"),
+  "logp": _stored("logps", "logp"),
+  "logp_count": _stored("logps", "count"),
 }
 # Where answers are what is embedded.
 _ANSWERS = {"answer_embedding": COLUMNS["embedding"]}
-# Given a reward model, `reward` is what it says, and no oracle.
-_JUDGED = {"reward": Column(_stored("rewards", "reward"), "rewards")}
+# Given a reward model, `reward` is its score, and no oracle.
+_JUDGED = {"reward": _stored("rewards", "reward")}
 ALWAYS = ("length", "label", "topic")  # the selection report describes them
 # Made by the select stage itself, from the mixture and from another arm.
 MADE = ("log_likelihood", "subset")
@@ -169,33 +148,30 @@ def known(c: Any) -> dict[str, Column]:
   )
 
 
-def named(c: Any, sampler: Callable) -> set[str]:
-  """The columns that config.select.kwargs names to one that takes them.
+def _in_kwargs(c: Any, sampler: Callable) -> set[str]:
+  """The columns that config.select.kwargs names to a sampler that takes them.
 
   What brackets bind, "dpp(quality=p_yes)", is in `sampler.needs` already.
   """
   parameters = inspect.signature(sampler).parameters.values()
-  takes = {p.name for p in parameters if p.kind == p.KEYWORD_ONLY} - set(
-    getattr(sampler, "keywords", ())
-  )
-  found = (value for key, value in c.select.kwargs.items() if key in takes)
-  return {
-    name
-    for value in found
-    if isinstance(value, (str, tuple, list))
-    for name in ((value,) if isinstance(value, str) else value)
-    if isinstance(name, str) and name in COLUMNS
-  }
+  takes = {p.name for p in parameters if p.kind == p.KEYWORD_ONLY}
+  out = set()
+  for key in takes - set(getattr(sampler, "keywords", ())):
+    value = c.select.kwargs.get(key)
+    names = [value] if isinstance(value, str) else value
+    if isinstance(names, (tuple, list)):
+      out |= {n for n in names if isinstance(n, str)} & COLUMNS.keys()
+  return out
 
 
 def wanted(c: Any, kind: str, sampler: Callable) -> list[str]:
   """The columns to make for a sampler, in the order of COLUMNS."""
-  asked, said = {*sampler.optional, *ALWAYS}, named(c, sampler)
+  optional, named = {*sampler.optional, *ALWAYS}, _in_kwargs(c, sampler)
   return [
     n
     for n, column in known(c).items()
     if n in sampler.needs
-    or (n in said or n in asked and not column.oracle)
+    or (n in named or n in optional and not column.oracle)
     and not column.lacks(c, kind)
   ]
 
@@ -203,11 +179,12 @@ def wanted(c: Any, kind: str, sampler: Callable) -> list[str]:
 def lacking(c: Any, kind: str, sampler: Callable) -> dict[str, str]:
   """The columns that a sampler needs and no stage makes: name -> why."""
   table = known(c)
-  return {
-    n: table[n].lacks(c, kind) if n in table else ""
+  why = {
+    n: table[n].lacks(c, kind) if n in table else None
     for n in sampler.needs
-    if n not in MADE and (n not in table or table[n].lacks(c, kind))
+    if n not in MADE
   }
+  return {n: reason or "" for n, reason in why.items() if reason != ""}
 
 
 def check_records(job: Job, name: str) -> None:
@@ -220,16 +197,15 @@ def check_records(job: Job, name: str) -> None:
   Raises:
     DataError: no record has a field; nothing has been embedded for it yet.
   """
-  sampler = chains.named(name)
-  read = {
-    *sampler.needs,
-    *(named(job.c, sampler) if name == job.c.select.sampler else ()),
-  }
+  sampler, table = chains.named(name), known(job.c)
+  read = {*sampler.needs}
+  if name == job.c.select.sampler:
+    read |= _in_kwargs(job.c, sampler)
   there = tables.column_names(job.shared / "data" / "pool.parquet")
-  fields = {known(job.c)[n].field for n in read if n in known(job.c)} - {""}
-  if absent := sorted(fields - {*there}):
+  fields = {table[n].field for n in read if n in table} - {"", *there}
+  if fields:
     raise DataError(
-      f"the records have no {', '.join(absent)}, which sampler "
+      f"the records have no {', '.join(sorted(fields))}, which sampler "
       f"{name!r} reads; set config.data.fields, or "
       "config.select.sampler and config.select.kwargs"
     )
@@ -238,16 +214,21 @@ def check_records(job: Job, name: str) -> None:
 def gather(job: Job, sampler: Callable) -> dict[str, np.ndarray]:
   """Name -> array of N rows in id order, of what `wanted` lists; fields that
   no record has are left out, see `check_records`."""
-  found = {
-    n: known(job.c)[n].make(job) for n in wanted(job.c, job.kind, sampler)
-  }
+  table, names = known(job.c), wanted(job.c, job.kind, sampler)
+  found = {n: table[n].make(job) for n in names}
   return {n: x for n, x in found.items() if x is not None}
 
 
 def stages(c: Any, kind: str, sampler: Callable) -> list[str]:
   """The stages whose files a sampler's columns are read from."""
-  found = [known(c)[n].stage for n in wanted(c, kind, sampler)]
-  return sorted({s for s in found if s})
+  table = known(c)
+  read = {table[n].stage for n in wanted(c, kind, sampler)} - {""}
+  return sorted(read | {"mixture"} if uses_mixture(sampler) else read)
+
+
+def uses_mixture(sampler: Callable) -> bool:
+  """Whether a mixture is fitted for a sampler."""
+  return "log_likelihood" in sampler.needs
 
 
 def tuned(c: Any) -> str:
@@ -259,20 +240,19 @@ def tuned(c: Any) -> str:
 def exact(c: Any) -> bool:
   """Whether a row's log-prob is one number wherever it is computed.
 
-  In bfloat16 it depends on what is computed beside it: what a pass over the
-  pool says of a row is not what training says of it.
+  In bfloat16 it depends on the batch: a pass over the pool and training give a
+  row different numbers.
   """
   return c.model.dtype == "float32"
 
 
-def sums(c: Any, kind: str, sampler: Callable) -> str:
+def logps_stage(c: Any, kind: str, sampler: Callable) -> str:
   """The stage whose log-probs the rows of an arm come with; "": of none."""
   if not exact(c):
     return ""
   if not embedder.alone(c):
     return "embed"
-  read = before(c, stages(c, kind, sampler))
-  return "logps" if "logps" in read else ""
+  return "logps" if "logps" in before(c, stages(c, kind, sampler)) else ""
 
 
 def before(c: Any, names: list[str]) -> list[str]:
@@ -282,10 +262,10 @@ def before(c: Any, names: list[str]) -> list[str]:
 
 
 def notes(c: Any, sampler: Callable) -> tuple[str, ...]:
-  """What stands beside a selection that read what no real data tells."""
+  """A note for every column of a sampler that no real data has."""
   table = known(c)
   return tuple(
     f"it reads {table[n].oracle}: an upper bound, not a method"
-    for n in (*sampler.needs, *sorted(named(c, sampler)))
+    for n in (*sampler.needs, *sorted(_in_kwargs(c, sampler)))
     if n in table and table[n].oracle
   )

@@ -7,6 +7,7 @@ from jaxalign.embed.store import scratch
 
 WIDTH = 1024  # columns; the first half counts tokens, the second pairs
 _BLOCK = 4096  # rows of tokens counted at once
+_SCORED = 1 << 16  # rows scored at once
 
 
 def bucket(ids: np.ndarray, buckets: int) -> np.ndarray:
@@ -71,15 +72,18 @@ def overlap(rows: tokens_lib.TokenRows) -> np.ndarray:
 
 
 def surprise(grams: np.ndarray) -> np.ndarray:
-  """[n, W] counts -> [n, 2] mean log share in the pool of a row's tokens, and
-  of its pairs: low where a row is made of what the others do not say."""
+  """[n, W] counts -> [n, 2] mean log frequency of a row's tokens, and of its
+  pairs, in the pool: low where a row is made of what the others lack."""
   out = np.zeros((len(grams), 2))
   half = grams.shape[1] // 2
   for k in range(2):
     part = grams[:, k * half : (k + 1) * half]
     total = part.sum(axis=0, dtype=np.float64)
-    share = np.log((total + 1) / (total.sum() + half))
-    out[:, k] = (part @ share) / np.maximum(part.sum(1, dtype=np.float64), 1)
+    frequency = np.log((total + 1) / (total.sum() + half))
+    for at in range(0, len(part), _SCORED):
+      x = part[at : at + _SCORED]
+      count = np.maximum(x.sum(axis=1, dtype=np.float64), 1)
+      out[at : at + _SCORED, k] = (x @ frequency) / count
   return out
 
 

@@ -12,12 +12,13 @@ import re
 from typing import Any
 
 import jax
-import ml_collections
+from ml_collections import ConfigDict
 import numpy as np
 
 from jaxalign import pipeline
-from jaxalign.core import disk, progress
+from jaxalign.core.disk import read_json, write_json
 from jaxalign.core.errors import ConfigError, DataError
+from jaxalign.core.progress import say
 from jaxalign.model.job import Arm, Job
 from jaxalign.select.topk import budget_rows
 from jaxalign.study import plateau
@@ -55,21 +56,13 @@ def configs(c: Any) -> dict[str, Any]:
   Where both are, the budgets' is of an open direction still: "top" stands in
   until the other pilot has settled it.
   """
-  found = {}
+  top, *others = (with_direction(c.select.sampler, d) for d in DIRECTIONS)
+  due = {}
   if _OPEN.search(c.select.sampler):
-    names = [with_direction(c.select.sampler, d) for d in DIRECTIONS]
-    found["directions"] = _changed(
-      c, names[0], at(c), (), (*names[1:], "random")
-    )
+    due["directions"] = _changed(c, top, at(c), (), (*others, "random"))
   if c.select.budget == AUTO:
-    found["budgets"] = _changed(
-      c,
-      with_direction(c.select.sampler, "top"),
-      c.pilot.budgets[-1],
-      c.pilot.budgets,
-      (),
-    )
-  return found
+    due["budgets"] = _changed(c, top, c.pilot.budgets[-1], c.pilot.budgets, ())
+  return due
 
 
 def at(c: Any) -> float:
@@ -80,7 +73,7 @@ def at(c: Any) -> float:
 def _changed(
   c: Any, sampler: str, budget: float, budgets: tuple, compare: tuple
 ) -> Any:
-  out = ml_collections.ConfigDict(c.to_dict(), type_safe=False)
+  out = ConfigDict(c.to_dict(), type_safe=False)
   out.select.sampler, out.select.budget = sampler, budget
   out.budgets, out.compare, out.seeds = budgets, compare, c.pilot.seeds
   out.lock()
@@ -136,50 +129,45 @@ def settle(job: Job, study: Callable[[Job], Any]) -> list[str]:
       could save.
     DataError: a curve whose plateau the pilot's points do not bound.
   """
-  due = configs(job.c)
+  due, notes = configs(job.c), []
   if not due:
     return []
   job.run("data")
-  said, spent = [], sum(_share(job, c) for c in due.values())
-  if spent > job.c.pilot.most:
+  cost = sum(_updates(job, c) for c in due.values())
+  if cost > job.c.pilot.most:
     raise ConfigError(
-      f"the pilot would take {spent:.0%} of the updates of aligning on "
+      f"the pilot would take {cost:.0%} of the updates of aligning on "
       f"everything, above {job.c.pilot.most:.0%}; lower "
       "config.pilot.budgets or config.pilot.seeds, or "
       "raise config.pilot.most"
     )
-  if "directions" in due:
-    progress.say(f"pilot of directions: {job.workdir}/pilot/directions")
-    summary = _run(job, "directions", due["directions"], study)
-    sampler, words = _best_direction(job.c, summary)
-    _set(job.c, sampler=sampler)
-    said.append(words)
-  if "budgets" in due:
-    progress.say(f"pilot of budgets: {job.workdir}/pilot/budgets")
-    summary = _run(job, "budgets", configs(job.c)["budgets"], study)
-    rows, words = _advice(job, summary, spent)
-    _set(job.c, budget=rows)
-    said.append(words)
-  for words in said:
-    progress.say(words)
-  return said
+  for name in due:  # the second is of the direction that the first settled
+    say(f"pilot of {name}: {job.workdir}/pilot/{name}")
+    summary = _run(job, name, configs(job.c)[name], study)
+    if name == "directions":
+      knob, (value, words) = "sampler", _best_direction(job.c, summary)
+    else:
+      knob, (value, words) = "budget", _advice(job, summary, cost)
+    with job.c.unlocked(), job.c.ignore_type():
+      job.c.select[knob] = value
+    notes.append(words)
+  for words in notes:
+    say(words)
+  return notes
 
 
-def _set(c: Any, **values: Any) -> None:
-  with c.unlocked(), c.ignore_type():
-    for name, value in values.items():
-      setattr(c.select, name, value)
-
-
-def _share(job: Job, c: Any) -> float:
+def _updates(job: Job, c: Any) -> float:
   """Updates of a pilot's arms over those of everything."""
   n = len(job.column("pool", "id"))
-  whole = updates_of(c, Arm("random", 1.0, 0), n, n)
-  total = 0
-  for budget in c.budgets or (c.select.budget,):
-    rows = budget_rows(budget, n, c.train.batch_size)
-    total += updates_of(c, Arm("random", budget, 0), rows, n)
-  return total * (1 + len(c.compare)) * c.seeds / whole
+  budgets = c.budgets or (c.select.budget,)
+  rows = [budget_rows(budget, n, c.train.batch_size) for budget in budgets]
+  total = sum(_updates_of(c, budget, m, n) for budget, m in zip(budgets, rows))
+  runs = (1 + len(c.compare)) * c.seeds
+  return total * runs / _updates_of(c, 1.0, n, n)
+
+
+def _updates_of(c: Any, budget: float, rows: int, pool: int) -> int:
+  return updates_of(c, Arm("random", budget, 0), rows, pool)
 
 
 def _run(
@@ -190,40 +178,34 @@ def _run(
   small = pipeline.make_job(c, job.mesh, folder, job.redo)
   small.shared = job.shared
   study(small)
-  return disk.read_json(small.workdir / "summary.json")
+  return read_json(small.workdir / "summary.json")
 
 
 def _best_direction(c: Any, summary: dict[str, Any]) -> tuple[str, str]:
   """The sampler with the direction of the best mean, and what was seen."""
-  means: dict[str, list[float]] = {}
+  values: dict[str, list[float]] = {}
   metric = summary["comparisons"][0]["metric"]
   for arm in summary["arms"]:
     value = arm["metrics"][metric]["value"]
-    means.setdefault(arm["sampler"], []).append(value)
-  names = [with_direction(c.select.sampler, d) for d in DIRECTIONS]
-  mean = {n: float(np.mean(means[n])) for n in (*names, "random")}
+    values.setdefault(arm["sampler"], []).append(value)
+  names = {with_direction(c.select.sampler, d): d for d in DIRECTIONS}
+  mean = {n: float(np.mean(values[n])) for n in (*names, "random")}
   best = max(names, key=mean.__getitem__)
   listed = ", ".join(
-    f"{d} {100 * mean[n]:.1f}"
-    for d, n in zip((*DIRECTIONS, "random"), (*names, "random"))
+    f"{names.get(n, n)} {100 * value:.1f}" for n, value in mean.items()
   )
-  below = (
-    ""
-    if mean[best] > mean["random"]
-    else "; none was above random: this score may have nothing to say here"
-  )
+  below = "; none was above random: this score may have nothing to say here"
   return best, (
     f"A pilot at {at(c):.1%} of the pool ({c.pilot.seeds} seeds; "
     f"pilot/directions/report.html has the intervals) chose {best}: "
-    f"{listed} %{below}."
+    f"{listed} %{below * (mean[best] <= mean['random'])}."
   )
 
 
-def _advice(job: Job, summary: dict[str, Any], share: float) -> tuple[int, str]:
+def _advice(job: Job, summary: dict[str, Any], cost: float) -> tuple[int, str]:
   """Rows to keep and a sentence, from the curve of the pilot."""
   c, fit = job.c, summary["fit"]
-  n = len(job.column("pool", "id"))
-  page = "pilot/budgets/report.html"
+  n, page = len(job.column("pool", "id")), "pilot/budgets/report.html"
   if not fit["identified"]:
     raise DataError(
       "select.budget='auto': the pilot's points do not bound a plateau, so "
@@ -234,32 +216,20 @@ def _advice(job: Job, summary: dict[str, Any], share: float) -> tuple[int, str]:
   near = plateau.enough(fit, 100 * MARGIN)
   least = max(min(fit["rows"]), c.train.batch_size)
   rows = min(n, max(least, int(np.ceil(near["value"] / 100 * n))))
-  whole = updates_of(c, Arm("random", 1.0, 0), n, n)
-  takes = updates_of(c, Arm("random", rows, 0), rows, n) / whole
-  saved = 1 - takes - share
+  takes = _updates_of(c, rows, rows, n) / _updates_of(c, 1.0, n, n)
+  saved = 1 - takes - cost
   if jax.process_index() == 0:
-    disk.write_json(
-      job.workdir / "pilot" / "advice.json",
-      dict(
-        rows=rows,
-        share=rows / n,
-        near=near,
-        pilot_updates=share,
-        updates=takes,
-        saved=saved,
-      ),
-    )
+    advice = dict(rows=rows, share=rows / n, near=near, saved=saved)
+    advice |= dict(pilot_updates=cost, updates=takes)
+    write_json(job.workdir / "pilot" / "advice.json", advice)
   top = "no bound" if near["high"] is None else f"{near['high']:.1f} %"
-  beyond = (
-    ", beyond the largest share measured"
-    if near["value"] > max(fit["x"])
-    else ""
-  )
+  beyond = ", beyond the largest fraction measured"
   return rows, (
     f"A pilot ({page}) puts the plateau at {fit['r']['value']:.1f} % and "
-    f"within {100 * MARGIN:g} points of it at {near['value']:.1f} % "
-    f"of the pool (95 % interval {near['low']:.1f} to {top}{beyond}): "
+    f"within {100 * MARGIN:g} points of it at {near['value']:.1f} % of the "
+    f"pool (95 % interval {near['low']:.1f} to {top}"
+    f"{beyond * (near['value'] > max(fit['x']))}): "
     f"{rows:,} of {n:,} rows are kept. Of the updates of aligning on "
-    f"everything the pilot took {share:.0%} and these take {takes:.0%}: "
+    f"everything the pilot took {cost:.0%} and these take {takes:.0%}: "
     + (f"{saved:.0%} are saved." if saved > 0 else "nothing is saved.")
   )

@@ -1,6 +1,6 @@
 """`python -m jaxalign.train`: see jaxalign/cli/train.py."""
 
-import runpy
+from jaxalign.cli.exits import start_module
 
 if __name__ == "__main__":
-  runpy.run_module("jaxalign.cli.train", run_name="__main__", alter_sys=True)
+  start_module("jaxalign.cli.train", "jaxalign: reading the config")

@@ -21,8 +21,8 @@ from jaxalign.core.stage import JobSizes, Made, Price
 from jaxalign.data import prepare, recipe
 from jaxalign.data.tokenizer import load_tokenizer
 from jaxalign.embed import passes
-from jaxalign.embed.over_pool import over_shards
-from jaxalign.embed.row_scores import digest_of
+from jaxalign.embed.over_pool import checkpoint_digest, over_shards
+from jaxalign.embed.passes import PassOptions
 from jaxalign.embed.store import ArraySpec
 from jaxalign.model import adapters, decoder, hf
 from jaxalign.model.flops import decoder_flops
@@ -67,7 +67,7 @@ def config_of(c: Any, reference: decoder.ModelConfig) -> decoder.ModelConfig:
   if not given:
     return reference._replace(lora=None)
   m = hf.read_config(given, c.model.dtype, c.model.remat)
-  wanted = prepare.asked_context(c)
+  wanted = prepare.requested_context(c)
   if wanted > m.context:
     raise ConfigError(
       f"config.proxy.checkpoint reads {m.context} tokens, "
@@ -130,9 +130,10 @@ def _score(
 ) -> tuple[passes.RowScores, Cost]:
   """One pass over the pool, and what it cost."""
   rows, ids = job.tokens("pool"), job.column("pool", "id")
-  how = dict(tile=job.c.embed.tile, chunk=job.c.model.head_chunk, label=label)
-  found = passes.score_rows(job.mesh, params, m, rows, **how, ids=ids)
-  return found, Cost(passes.flops(m, rows), len(rows.ids))
+  tile, chunk = job.c.embed.tile, job.c.model.head_chunk
+  how = PassOptions(tile, chunk, label=label, ids=ids)
+  found = passes.score_rows(job.mesh, params, m, rows, how)
+  return found, Cost(passes.pass_flops(m, rows), len(rows.ids))
 
 
 def _tune(
@@ -222,7 +223,7 @@ def proxy_fields(*proxy: str) -> Callable[[Job, None], dict[str, Any]]:
     c = job.c
     given = c.proxy.checkpoint
     return _proxy_knobs(c, proxy) | (
-      dict(proxy=digest_of(given)) if given else {}
+      dict(proxy=checkpoint_digest(given)) if given else {}
     )
 
   return fields
@@ -261,32 +262,23 @@ def drawn(ids: Any, pairs: float | int, seed: int) -> np.ndarray:
 
 def make_proxy(job: Job, arm: None, folder: Any) -> Made:
   """A policy tuned by DPO on a few pairs, and what it says of the pool."""
-  c, p = job.c, job.c.proxy
-  start = _start(job)
+  p, start = job.c.proxy, _start(job)
   index = drawn(job.column("pool", "id"), p.pairs, 0)
   params, m = _tune(job, folder, "proxy", start, index, p.updates, 0)
-  rows, ids = job.tokens("pool"), job.column("pool", "id")
-  how = dict(tile=c.embed.tile, chunk=c.model.head_chunk, ids=ids)
+  rows, pair = job.tokens("pool"), ArraySpec((2,))
 
-  def score(parts, tick):
-    own = dict(parts=parts, tick=tick)
-    found = passes.score_rows(job.mesh, params, m, rows, **how, **own)
-    before = start.sums.reshape(-1)[parts[jax.process_index()]]
+  def score(options):
+    found = passes.score_rows(job.mesh, params, m, rows, options)
+    own = options.by_process[jax.process_index()]
+    before = start.sums.reshape(-1)[own]
     return dict(proxy_logp=found.logp, proxy_ref_logp=before)
 
-  files = over_shards(
-    job,
-    folder,
-    "proxy",
-    job.made_of("proxy"),
-    dict(proxy_logp=ArraySpec((2,)), proxy_ref_logp=ArraySpec((2,))),
-    c.embed.tile * job.mesh.size,
-    score,
-  )
+  columns = dict(proxy_logp=pair, proxy_ref_logp=pair)
+  files = over_shards(job, dict(proxy=columns), score)
   parts = (
     start.cost,
     _tuning_cost(job, start, index, p.updates, 0),
-    Cost(passes.flops(m, rows), len(rows.ids)),
+    Cost(passes.pass_flops(m, rows), len(rows.ids)),
   )
   return (
     [*files, *TRAINED],
@@ -365,10 +357,12 @@ def make_held_out(job: Job, arm: None, folder: Any) -> Made:
     own = folder / f"model{s}"
     # Counted for every model: a resumed run has some of them already.
     more = _tuning_cost(job, start, index, updates, s)
-    total += more.flops + passes.flops(m, job.tokens("pool"))
+    total += more.flops + passes.pass_flops(m, job.tokens("pool"))
     tokens += more.tokens + len(job.tokens("pool").ids)
-    status = "done" if (folder / name).exists() else "new"
-    if processes.agree(status) == "new":
+    done = processes.from_first(
+      lambda path=folder / name: "done" if path.exists() else ""
+    )
+    if not done:
       label = f"model {s + 1} of {p.models}"
       params, m = _tune(job, own, label, start, index, updates, s)
       found, _ = _score(job, params, m, label)

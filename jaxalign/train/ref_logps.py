@@ -77,7 +77,7 @@ def reference_of(job: Job) -> Reference:
 
 def _pass_over_pool(job: Job, arm: Arm) -> str:
   """The stage that has the reference's sums of the pool already; "": none."""
-  stage = columns.sums(job.c, job.kind, chains.named(arm.sampler))
+  stage = columns.logps_stage(job.c, job.kind, chains.named(arm.sampler))
   return stage if ("", stage) in job.records else ""
 
 
@@ -97,7 +97,7 @@ def _computed(
   batching, names = batching_of(job, arm), columns_of(job.loss)
   arrays = dict(ref_sum=rows.ref_sum, ref_count=rows.ref_count)
   own = lambda: tokens_lib.take_rows(rows.tokens, rows.row_of.reshape(-1))
-  cost = lambda x: Cost(passes.flops(m, x), len(x.ids))
+  cost = lambda x: Cost(passes.pass_flops(m, x), len(x.ids))
   costs, other = [], None
   if needs_mismatched(job.loss):
     updates = updates_for(job, arm, len(rows.ids))
@@ -239,7 +239,7 @@ def ref_logps_price(z: JobSizes, arm: Arm) -> Price | None:
   if c.train.reference == "online":  # its pass is align's
     return None
   kept, updates, each = _of_kept(z, arm)
-  source = columns.sums(c, z.job.kind, chains.named(arm.sampler))
+  source = columns.logps_stage(c, z.job.kind, chains.named(arm.sampler))
   own = kept * z.responses if loss.reference and source not in z.planned else 0
   other = mismatched_rows(z, arm)
   count = updates * c.train.batch_size * bool(other) + own

@@ -1,7 +1,7 @@
 """Log-probabilities of weights that do not change, once, ahead of training.
 
 In the layout that training has: a prompt is computed once for all its answers
-and hardly anything is padding. Padded rows go through `embed.score_rows`.
+and hardly anything is padding. Padded rows go through `passes.score_rows`.
 Where products are narrower than float32 a row's sum depends on what is
 computed beside it: `logps_as_trained` runs the very batches of the training.
 """
@@ -15,6 +15,7 @@ import numpy as np
 from jaxalign.core import progress, sharding
 from jaxalign.data import tokens
 from jaxalign.embed import passes
+from jaxalign.embed.passes import PassOptions
 from jaxalign.model import decoder
 from jaxalign.train import online, packing
 from jaxalign.train.batch import Batch, Logps
@@ -34,9 +35,9 @@ class Reference(NamedTuple):
   label: str = "ref_logps"  # what the progress bar says
 
   def score(self, rows: tokens.TokenRows, ids: Any = None):
-    """`embed.score_rows`, which names the `ids` of what is not finite."""
-    how = dict(tile=self.tile, chunk=self.chunk, label=self.label, ids=ids)
-    return passes.score_rows(self.mesh, self.params, self.model, rows, **how)
+    """`passes.score_rows`, which names the `ids` of what is not finite."""
+    how = PassOptions(self.tile, self.chunk, label=self.label, ids=ids)
+    return passes.score_rows(self.mesh, self.params, self.model, rows, how)
 
 
 @functools.lru_cache(maxsize=8)

@@ -39,7 +39,7 @@ def common_prefix(
     (starts + shortest)[longer],
   )
   sums[longer] = reference.score(heads).logp
-  return sums, Cost(passes.flops(reference.model, heads), len(heads.ids))
+  return sums, Cost(passes.pass_flops(reference.model, heads), len(heads.ids))
 
 
 def prompt_weights(
@@ -55,10 +55,11 @@ def prompt_weights(
     tokens.take_rows(rows.tokens, first), rows.tokens.start[first]
   )
   mesh, params, m, tile = reference[:4]
-  how = dict(pooling="mean", tile=tile, label=reference.label, ids=rows.ids)
-  x = passes.pool_rows(mesh, params, m, prompts, **how)
-  cost = Cost(passes.flops(m, prompts, 0), len(prompts.ids))
-  return density_ratios(x, rows.label, seed=seed), cost
+  how = passes.PassOptions(tile, label=reference.label, ids=rows.ids)
+  found = passes.pass_rows(mesh, params, m, prompts, ["embedding"], how)
+  flops = passes.pass_flops(m, prompts, ["embedding"])
+  weights = density_ratios(found["embedding"], rows.label, seed=seed)
+  return weights, Cost(flops, len(prompts.ids))
 
 
 COLUMNS: dict[str, Callable[..., Any]] = {

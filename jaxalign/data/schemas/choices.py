@@ -1,8 +1,8 @@
-"""Which answer won: what a code in a column means, or that it must be asked.
+"""Which of two answers is better: what a code in a column means.
 
 A code whose meaning is not certain is never guessed: 0 and 1 may count the
-answers from 0 (PKU-SafeRLHF), or say whether the first won (SHP). What a
-column's codes mean is settled once all of them are known, for all rows alike.
+answers from 0 (PKU-SafeRLHF), or say whether the first is better (SHP). The
+codes of a column are settled once all of them are known, for all rows alike.
 """
 
 import collections
@@ -63,6 +63,7 @@ class Undecided(NamedTuple):
   sides: tuple[str, ...] = SIDES
   names: tuple[Any, Any] = (None, None)  # of the two answers, where they have
   scores: tuple[Any, Any] = (None, None)  # of the two answers
+  more: Mapping[str, Any] = {}  # what the converted row gets besides
 
 
 def code_of(value: Any) -> str:
@@ -74,20 +75,19 @@ def code_of(value: Any) -> str:
   text = str(value)
   if isinstance(value, str):
     text = re.sub(r"[\s-]+", "_", text.strip().strip("[]").lower())
-  number = re.fullmatch(r"_?(\d+)(?:\.0+)?", text)
-  if number:
-    return ("-" if text.startswith("_") else "") + number[1]
-  return text
+  number = re.fullmatch(r"(_?)(\d+)(?:\.0+)?", text)
+  return number[1].replace("_", "-") + number[2] if number else text
 
 
 def check_choice(rule: Any) -> None:
-  """Raises ConfigError for a `data.choice` that says nothing."""
+  """Raises ConfigError for a `data.choice` that is no rule."""
   if rule in ("", None, BY_SCORE):
     return
   entries = rule.items() if isinstance(rule, Mapping) else ()
-  known = [side in SIDES + LABELS for side, _ in entries]
-  listed = [isinstance(codes, (list, tuple)) for _, codes in entries]
-  if not entries or not all(known + listed):
+  if not entries or not all(
+    side in SIDES + LABELS and isinstance(codes, (list, tuple))
+    for side, codes in entries
+  ):
     raise ConfigError(
       f"data.choice={rule!r:.80}, wanted {{'first': [codes], 'second': "
       "[codes], 'tie': [codes]}, of single answers {'liked': [codes], "
@@ -103,13 +103,9 @@ def check_choice(rule: Any) -> None:
 
 def _by_name(row: Undecided) -> str | None:
   """The side that a code names: a model's name, an id, or the text itself."""
-  hits = [
-    side
-    for side, name in zip(SIDES, row.names)
-    if isinstance(name, (str, int))
-    and not isinstance(name, bool)
-    and code_of(name) == code_of(row.code)
-  ]
+  code = code_of(row.code)
+  names = [(s, n) for s, n in zip(SIDES, row.names) if type(n) in (str, int)]
+  hits = [side for side, name in names if code_of(name) == code]
   return hits[0] if len(hits) == 1 else None
 
 
@@ -117,7 +113,7 @@ def sides_by_number(codes: Iterable[str]) -> tuple[dict[str, str], set[str]]:
   """Sides of codes that count the answers, with no third number among them.
 
   Returns:
-    code -> side, and the codes that may count them or say something else.
+    code -> side, and the codes that may count them or mean something else.
   """
   numbers = {c: c for c in codes if _NUMBER.fullmatch(c)}
   named = {c: m[1] for c in codes if (m := _NUMBERED.fullmatch(c))}
@@ -134,7 +130,7 @@ def meanings(rows: list[Undecided], rule: Any, column: str) -> dict[str, str]:
 
   Args:
     rows: of the whole source; all of one column.
-    rule: `data.choice` or that of a known layout; empty where nothing was said.
+    rule: `data.choice` or that of a known layout; empty where there is none.
     column: its name, for the message.
 
   Returns:
@@ -151,34 +147,34 @@ def meanings(rows: list[Undecided], rule: Any, column: str) -> dict[str, str]:
   words = LABEL_WORDS if labels else WORDS
   table = {code: words[code] for code in counts if code in words}
   by_number, doubtful = sides_by_number(counts)
-  numbers = {code for code in counts if _NUMBER.fullmatch(code)}
-  if labels and numbers in _SURE_LABELS:
-    table |= {c: "liked" if c == "1" else "disliked" for c in numbers}
-  elif not labels:
-    table |= by_number
-  unknown = {c: n for c, n in counts.items() if c not in table}
-  doubtful = numbers if labels else doubtful
+  if labels:
+    doubtful = {code for code in counts if _NUMBER.fullmatch(code)}
+    sure = doubtful if doubtful in _SURE_LABELS else ()
+    by_number = {c: "liked" if c == "1" else "disliked" for c in sure}
+  table |= by_number
+  unknown = collections.Counter(
+    {c: n for c, n in counts.items() if c not in table}
+  )
   in_doubt = sum(n for code, n in unknown.items() if code in doubtful)
   # A few odd codes among certain ones are rows refused, not a column in doubt.
   if unknown and not table or in_doubt * 10 > sum(counts.values()):
-    raise _uncertain(collections.Counter(unknown), labels, column)
+    raise _uncertain(unknown, LABELS if labels else SIDES, column)
   return table
 
 
 def _uncertain(
-  unknown: collections.Counter, labels: bool, column: str
+  unknown: collections.Counter, sides: tuple[str, ...], column: str
 ) -> DataError:
   most = unknown.most_common(6)
   found = ", ".join(f"{code!r:.30} ({n:,} rows)" for code, n in most)
   codes = [int(c) if re.fullmatch(r"-?\d{1,18}", c) else c for c in unknown]
   few = sorted(codes, key=lambda code: (isinstance(code, str), code))[:2]
-  few += ["..."] * (2 - len(few))
-  one, two = LABELS if labels else SIDES[:2]
-  tie = "" if labels else ", 'tie': []"
+  one, two = [repr([code]) for code in (few + ["..."])[:2]]
+  tie = ", 'tie': []" if sides == SIDES else ""
   return DataError(
-    f"{column} holds {found}, and what that means is not certain; say it: "
-    f"--config.data.choice=\"{{'{one}': [{few[0]!r}], '{two}': "
-    f'[{few[1]!r}]{tie}}}" or the other way round'
+    f"{column} holds {found}, whose meaning is not certain; set "
+    f"--config.data.choice=\"{{'{sides[0]}': {one}, '{sides[1]}': {two}{tie}}}"
+    '" or the other way round'
   )
 
 

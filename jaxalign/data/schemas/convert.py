@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxalign.data.schemas.choices import LABELS, SIDES, Undecided
-from jaxalign.data.schemas.mapping import ROLES
+from jaxalign.data.schemas.mapping import roles_for
 from jaxalign.data.schemas.messages import (
   dialogue,
   is_messages,
@@ -25,8 +25,6 @@ from jaxalign.data.schemas.messages import (
 from jaxalign.data.schemas.schema import (
   ASSISTANT,
   group_of,
-  make_pair,
-  make_unpaired,
   margin_of,
   number_of,
   Refused,
@@ -59,11 +57,11 @@ def answers_in(row: Mapping[str, Any], names: Sequence[str]) -> Answers:
   for name in names:
     if name not in row:
       raise Refused("missing field", name)
-    values.append(opened(row[name], name))
     if row[name] is None:
       raise Refused("null", name)
+    values.append(opened(row[name], name))
   texts = not any(map(is_messages, values))
-  prompt = _opened_prompt(row, texts)
+  prompt, repeats = _opened_prompt(row, texts)
   system = next((text_of(row, name) for name in SYSTEM if row.get(name)), None)
   tools = tools_of(row.get("tools"))
   turns = opened(row.get("turns"), "turns")
@@ -71,12 +69,21 @@ def answers_in(row: Mapping[str, Any], names: Sequence[str]) -> Answers:
   has_more = tools or turns or any(name in row for name in SYSTEM)
   if texts and not isinstance(prompt, list) and not has_more:
     return _as_texts(row, prompt, names)
-  if texts and isinstance(prompt, str):  # a dialogue's text beside a system
+  if texts and isinstance(prompt, str):  # a dialogue's text and a system
     turns = turns or turns_of(prompt)
   if turns:
-    prompt = turns
+    prompt, repeats = turns, False
     values = [v.removeprefix(" ") if isinstance(v, str) else v for v in values]
-  whole = [_whole(prompt, v, name, row) for v, name in zip(values, names)]
+  sides = [
+    [_turn("assistant", v)] if isinstance(v, str) else messages_of(v, name)
+    for v, name in zip(values, names)
+  ]
+  last = [side[-1]["content"] for side in sides if side]
+  repeated = [*filter(None, last)] if repeats else None
+  whole = [
+    _whole(prompt, side, name, isinstance(value, str), repeated)
+    for side, value, name in zip(sides, values, names)
+  ]
   if system is not None:
     whole = [_with_system(system, turns) for turns in whole]
   if any(turns[:-1] != whole[0][:-1] for turns in whole):
@@ -84,17 +91,15 @@ def answers_in(row: Mapping[str, Any], names: Sequence[str]) -> Answers:
   return _as_messages(whole, tools)
 
 
-class _Beside(list):
-  """Messages that may repeat a side (UltraFeedback) or stand before it."""
+def _turn(role: str, content: str) -> Message:
+  return dict(role=role, content=content)
 
 
-def _opened_prompt(row: Mapping[str, Any], texts: bool) -> Any:
-  """The prompt's messages, or its text, or None where there is neither.
+def _opened_prompt(row: Mapping[str, Any], texts: bool) -> tuple[Any, bool]:
+  """The prompt, and whether it is another column's messages.
 
-  Args:
-    row: as it was read.
-    texts: whether the sides are texts; messages beside them then stand before
-      them, and a prompt that is a text repeats one of their turns.
+  Those may repeat a side (UltraFeedback) or, where the sides are `texts`, stand
+  before them; a prompt that is a text is then one of their turns.
   """
   prompt = opened(row.get("prompt"), "prompt")
   if isinstance(prompt, dict) and is_messages(prompt):
@@ -103,17 +108,17 @@ def _opened_prompt(row: Mapping[str, Any], texts: bool) -> Any:
   if prompt is not None and not isinstance(prompt, (str, list)):
     raise Refused("not a string", f"prompt is a {type(prompt).__name__}")
   if is_messages(prompt) or prompt is not None and not texts:
-    return prompt
+    return prompt, False
   for name in BEFORE[1:]:
     if is_messages(value := opened(row.get(name), name)):
       break
   else:
-    return prompt
-  messages = _Beside(messages_of(value, name))
+    return prompt, False
+  messages = messages_of(value, name)
   for text in [prompt] if isinstance(prompt, str) else prompt or ():
     if isinstance(text, str) and not _is_turn(text, messages):
       raise Refused("prompts differ", f"the prompt is no turn of {name}")
-  return messages
+  return messages, True
 
 
 def _is_turn(text: str, turns: list[Message]) -> bool:
@@ -138,70 +143,61 @@ def _as_texts(row: Mapping, prompt: Any, names: Sequence[str]) -> Answers:
       raise Refused("prompts differ", f"from character {at}: {a!r} and {b!r}")
   if not text[: -len(ASSISTANT)].strip():
     raise Refused("empty prompt", "nothing before the Assistant turn")
-  return Answers(text, [answer for _, answer in found], group_of(text), {})
+  texts = [text_of({n: answer}, n) for n, (_, answer) in zip(names, found)]
+  return Answers(text, texts, group_of(text), {})
 
 
-def _whole(prompt: Any, value: Any, name: str, row: Mapping) -> list[Message]:
-  """The dialogue that ends in one answer."""
-  if isinstance(prompt, list) and prompt:
-    if all(isinstance(item, str) for item in prompt):
-      return _with_questions(prompt, value, name)
-  is_list, beside = isinstance(prompt, list), isinstance(prompt, _Beside)
-  before = messages_of(list(prompt), "prompt") if is_list else []
-  answered = bool(before) and before[-1]["role"] == "assistant"
-  if isinstance(value, str):  # an answer alone
-    answer = dict(role="assistant", content=value)
-    if isinstance(prompt, str):
-      return [dict(role="user", content=prompt), answer]
-    if not before:
-      raise Refused("missing field", "prompt")
-    if answered:
-      sides = [row.get("chosen"), row.get("rejected")]
-      texts = [side for side in sides if isinstance(side, str)]
-      if not beside or before[-1]["content"] not in texts:
-        raise Refused("prompt ends in an assistant turn", f"before {name}")
-      before = before[:-1]  # the list repeats one of the sides
-    return [*before, answer]
-  turns = messages_of(value, name)
-  if not turns:
+def _whole(
+  prompt: Any,
+  side: list[Message],
+  name: str,
+  is_text: bool,
+  repeated: list | None,
+) -> list[Message]:
+  """The dialogue that ends in one answer, the last message of `side`.
+
+  `prompt` is messages, a text, a list of the user's questions, or None;
+  `repeated`: the answers that its messages may end in, None where they do not.
+  """
+  if not side:
     raise Refused("empty response", f"{name} has no message")
   if isinstance(prompt, str):
-    if len(turns) == 1:  # the prompt is a text of its own
-      return [dict(role="user", content=prompt), *turns]
-    if not _is_turn(prompt, turns[:-1]):
+    if len(side) == 1:
+      return [_turn("user", prompt), *side]
+    if not _is_turn(prompt, side[:-1]):
       raise Refused("prompts differ", f"the prompt is no turn of {name}")
-    return turns
-  if before and turns[: len(before)] == before and len(turns) > len(before):
-    return turns  # the side is the whole dialogue already
-  if beside and len(turns) > 1:
-    return turns  # and `messages` is the other one
-  if beside and answered and turns[-1]["role"] == "assistant":
+    return side
+  before = prompt or []
+  if before and all(isinstance(item, str) for item in before):
+    users = [m["content"].strip() for m in side if m["role"] == "user"]
+    if len(side) == len(before) == 1:
+      return [_turn("user", before[0]), *side]
+    if [question.strip() for question in before] != users:
+      raise Refused(
+        "several prompts",
+        f"{len(before)} in a list, {len(users)} of the user's turns in {name}",
+      )
+    return side
+  before = messages_of(before, "prompt")
+  answered = bool(before) and before[-1]["role"] == "assistant"
+  if is_text:
+    if not before:
+      raise Refused("missing field", "prompt")
+    if answered and before[-1]["content"] not in (repeated or ()):
+      raise Refused("prompt ends in an assistant turn", f"before {name}")
+    return (before[:-1] if answered else before) + side
+  if before and side[: len(before)] == before and len(side) > len(before):
+    return side  # the whole dialogue already
+  if repeated is not None and len(side) > 1:
+    return side  # and `messages` is the other one
+  if repeated is not None and answered and side[-1]["role"] == "assistant":
     before = before[:-1]
-  return before + turns
-
-
-def _with_questions(
-  questions: list[str], value: Any, name: str
-) -> list[Message]:
-  """A list of the user's questions beside the dialogue that answers them."""
-  if isinstance(value, str):
-    turns = [dict(role="assistant", content=value)]
-  else:
-    turns = messages_of(value, name)
-  users = [m["content"].strip() for m in turns if m["role"] == "user"]
-  if len(turns) == 1 and len(questions) == 1:
-    return [dict(role="user", content=questions[0]), *turns]
-  if [q.strip() for q in questions] != users:
-    raise Refused(
-      "several prompts",
-      f"{len(questions)} in a list, {len(users)} of the user's turns in {name}",
-    )
-  return turns
+  return before + side
 
 
 def _with_system(system: str, turns: list[Message]) -> list[Message]:
   if turns[0]["role"] != "system":
-    return [dict(role="system", content=system), *turns]
+    return [_turn("system", system), *turns]
   if turns[0]["content"].strip() != system.strip():
     raise Refused("two system turns", "a column and a message, not alike")
   return turns
@@ -211,19 +207,18 @@ def _as_messages(
   whole: list[list[Message]], tools: list[dict] | None
 ) -> Answers:
   """The text of dialogues that share all but the last turn, and that turn."""
-  for turns in whole:
-    role = turns[-1]["role"] if turns else "missing"
+  answers = [turns[-1] for turns in whole]
+  for answer in answers:
+    role, content = answer["role"], answer["content"]
     if role != "assistant":
       raise Refused("no Assistant turn", f"the last message is {role}")
-    if not text_of_message(turns[-1]).strip():
-      content = turns[-1]["content"]
+    if not text_of_message(answer).strip():
       raise Refused("empty response", f"content is {content!r:.20}")
   before = [m for m in whole[0][:-1] if m["content"] or m["role"] != "system"]
   text = dialogue(before)
   users = [m["content"] for m in before if m["role"] == "user"]
   if not users:
     raise Refused("empty prompt", "no user turn")
-  answers = [turns[-1] for turns in whole]
   known = dict(turns=before) | (dict(tools=tools) if tools else {})
   if not all(map(is_plain, answers)):
     known["answers"] = answers
@@ -234,14 +229,17 @@ def _as_messages(
 def _pair(
   found: Answers, row: Mapping, margin: float | None, first_wins: bool = True
 ) -> dict[str, Any]:
-  """The pair of two answers; its second is the chosen one, or its first."""
-  step, known = 1 if first_wins else -1, dict(found.known)
-  if "answers" in known:
-    known["answers"] = known["answers"][::step]
-  group = row.get("group") if isinstance(row.get("group"), str) else ""
+  """The pair of two answers; its chosen one is the first, or the second."""
+  step = 1 if first_wins else -1
   chosen, rejected = found.texts[::step]
-  known |= dict(group=group or found.group, margin=margin)
-  return make_pair(found.prompt, chosen, rejected, **known)
+  if chosen.strip() == rejected.strip():
+    raise Refused("chosen equals rejected", f"{chosen[:40]!r}")
+  group = row.get("group") if isinstance(row.get("group"), str) else ""
+  pair = dict(prompt=found.prompt, chosen=chosen, rejected=rejected)
+  pair |= dict(group=group or found.group) | found.known
+  if "answers" in pair:
+    pair["answers"] = pair["answers"][::step]
+  return pair if margin is None else dict(pair, margin=margin)
 
 
 def convert_pair(row: dict) -> dict[str, Any]:
@@ -251,7 +249,7 @@ def convert_pair(row: dict) -> dict[str, Any]:
 
 
 def flipped(row: dict[str, Any]) -> dict[str, Any]:
-  """A converted pair with its sides changed round."""
+  """A converted pair with its sides exchanged."""
   out = dict(row, chosen=row["rejected"], rejected=row["chosen"])
   if "answers" in row:
     out["answers"] = row["answers"][::-1]
@@ -263,7 +261,7 @@ def flipped(row: dict[str, Any]) -> dict[str, Any]:
 def convert_choice(row: dict) -> Undecided:
   """prompt, first and second, and which of them is better.
 
-  `choice` is a code; or `first_score` and `second_score` say it. `strength` is
+  `choice` is a code; or `first_score` and `second_score` decide. `strength` is
   how much better, whatever its sign.
   """
   found = answers_in(row, ("first", "second"))
@@ -295,16 +293,17 @@ def convert_unpaired(row: dict) -> Undecided:
   if "completion" not in row:
     if "messages" not in row:
       raise Refused("missing field", "completion")
-    whole = row["messages"]
-    row = {k: v for k, v in row.items() if k not in BEFORE}
-    row["completion"] = whole
+    rest = {k: v for k, v in row.items() if k not in BEFORE}
+    row = rest | dict(completion=row["messages"])
   elif "prompt" not in row:
     if isinstance(opened(row["completion"], "completion"), str):
       raise Refused("missing field", "prompt")
   prompt, [answer], group, known = answers_in(row, ("completion",))
 
   def make(label):
-    return make_unpaired(prompt, answer, label == "liked", group, **known)
+    liked = label == "liked"
+    texts = dict(prompt=prompt, completion=answer, label=liked)
+    return texts | dict(group=group) | known
 
   return Undecided(row["label"], make, LABELS)
 
@@ -321,114 +320,64 @@ def is_read(column: str, value: Any) -> bool:
   return True
 
 
-def _texts_in(row: Mapping, *names: str) -> bool:
-  return all(isinstance(row.get(name), str) for name in names)
-
-
-def _answers_in(row: Mapping, *names: str) -> bool:
-  """Whether all of these columns hold an answer, in whatever dress."""
+def _have_prompt(row: Mapping, *names: str) -> bool:
+  """Whether these columns hold answers, and the row what they answer."""
   values = [row.get(name) for name in names]
-  return all(isinstance(v, str) or is_messages(v) for v in values)
+  if not all(isinstance(v, str) or is_messages(v) for v in values):
+    return False
+  if isinstance(row.get("prompt"), (str, list)) or _have_messages(row):
+    return True
+  return any(not isinstance(opened_or_none(v), str) for v in values)
 
 
-def _has_messages(row: Mapping, names: Sequence[str] = BEFORE) -> bool:
+def _have_messages(row: Mapping, names: Sequence[str] = BEFORE) -> bool:
   return any(is_messages(opened_or_none(row.get(name))) for name in names)
 
 
-def _is_chat(row: Mapping, *names: str) -> bool:
-  """Whether a row is one of messages: its sides, or what stands before."""
-  if not _answers_in(row, *names):
-    return False
-  if _has_messages(row):
+def _is_pair(row: dict) -> bool:
+  if _have_prompt(row, "chosen", "rejected"):
     return True
-  if any(not isinstance(opened_or_none(row.get(n)), str) for n in names):
-    return True
-  return _texts_in(row, "prompt") and any(row.get(name) for name in SYSTEM)
-
-
-def _is_chat_pair(row: dict) -> bool:
-  return _is_chat(row, "chosen", "rejected")
-
-
-def _is_explicit(row: dict) -> bool:
-  texts = _texts_in(row, "prompt", "chosen", "rejected")
-  return texts and not _is_chat_pair(row)
+  sides = [row.get(name) for name in ("chosen", "rejected")]
+  texts = all(isinstance(side, str) for side in sides)
+  return texts and row.get("prompt") is None and ASSISTANT in "".join(sides)
 
 
 def _is_unpaired(row: dict) -> bool:
-  texts = _texts_in(row, "prompt", "completion") and "label" in row
-  return texts and not _is_chat(row, "completion")
-
-
-def _is_implicit(row: dict) -> bool:
-  if not _texts_in(row, "chosen", "rejected") or row.get("prompt") is not None:
-    return False
-  return not _has_messages(row) and ASSISTANT in row["chosen"] + row["rejected"]
-
-
-def _is_chat_unpaired(row: dict) -> bool:
   if "completion" in row:
-    return "label" in row and _is_chat(row, "completion")
-  return "label" in row and _has_messages(row, ("messages",))
+    return "label" in row and _have_prompt(row, "completion")
+  return "label" in row and _have_messages(row, ("messages",))
 
 
 def _is_choice(row: dict) -> bool:
   decided = "choice" in row or {"first_score", "second_score"} <= row.keys()
-  if not decided or not _answers_in(row, "first", "second"):
-    return False
-  if isinstance(row.get("prompt"), (str, list)):
-    return True
-  return _has_messages(row, (*BEFORE, "first"))
+  return decided and _have_prompt(row, "first", "second")
 
 
-def _roles(columns: str) -> dict[str, str]:
-  return {name: ROLES[name] for name in columns.split()}
-
-
-_SHARED = _roles(
+_SHARED = roles_for(
   "prompt messages conversations conversation trajectory context system "
   "system_prompt system_message id source tools turns group"
 )
-_PAIR = _SHARED | _roles(
+_PAIR = _SHARED | roles_for(
   "chosen rejected chosen_score rejected_score score_chosen score_rejected "
   "margin metadata ref_chosen_logps ref_rejected_logps score rank"
 )
-_UNPAIRED = _SHARED | _roles(
+_UNPAIRED = _SHARED | roles_for(
   "completion label ref_chosen_logps ref_rejected_logps score rank"
 )
-_CHOICE = _SHARED | _roles(
+_CHOICE = _SHARED | roles_for(
   "first second choice first_id second_id first_score second_score strength"
 )
-
-_SIDES = ("chosen", "rejected")
-_EXPLICIT = ("prompt", *_SIDES)
-_CODES = ("prompt", "first", "second", "choice")
+_EXPLICIT = ("prompt", "chosen", "rejected")
 _LABELLED = ("prompt", "completion", "label")
-_DIALOGUE = _UNPAIRED | dict(messages="the prompt and the answer")
+_CODES = ("prompt", "first", "second", "choice")
 SCHEMAS = (
-  Schema(
-    "explicit_pairs",
-    convert_pair,
-    ("prompt", *_SIDES),
-    _is_explicit,
-    roles=_PAIR,
-  ),
-  Schema("implicit_pairs", convert_pair, _SIDES, _is_implicit, roles=_PAIR),
-  Schema("chat_pairs", convert_pair, _SIDES, _is_chat_pair, roles=_PAIR),
+  Schema("pairs", convert_pair, _EXPLICIT, _is_pair, roles=_PAIR),
   Schema(
     "unpaired",
     convert_unpaired,
     _LABELLED,
     _is_unpaired,
     roles=_UNPAIRED,
-    code="label",
-  ),
-  Schema(
-    "chat_unpaired",
-    convert_unpaired,
-    ("messages", "label"),
-    _is_chat_unpaired,
-    roles=_DIALOGUE,
     code="label",
   ),
   Schema("choices", convert_choice, _CODES, _is_choice, roles=_CHOICE),

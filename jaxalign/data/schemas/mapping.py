@@ -26,7 +26,7 @@ _COLUMNS_OF = {
   "its label": "label",
   "one answer": "first",
   "the other answer": "second",
-  "which is better": "choice",
+  "which is better": "choice choice_first choice_second choice_tie",
   "the first answer's name": "first_id",
   "the second answer's name": "second_id",
   "the answers": "answers",
@@ -36,7 +36,7 @@ _COLUMNS_OF = {
     "first_score second_score strength"
   ),
   "the margin (score_chosen, score_rejected)": "metadata",
-  # What a selected subset holds beside the rows; read by TRL, or by a person.
+  # Columns of a selected subset; read by TRL, or by a person.
   "the reference's log-probabilities, for TRL": (
     "ref_chosen_logps ref_rejected_logps"
   ),
@@ -44,6 +44,11 @@ _COLUMNS_OF = {
 }
 ROLES = {c: role for role, text in _COLUMNS_OF.items() for c in text.split()}
 _NOTHING = object()
+
+
+def roles_for(columns: str) -> dict[str, str]:
+  """Column -> what it becomes, of the columns that a text names."""
+  return {name: ROLES[name] for name in columns.split()}
 
 
 def check_fields(fields: Mapping[str, str]) -> None:
@@ -85,7 +90,7 @@ def remap(row: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
   Args:
     row: as it was read.
     fields: target -> dotted path ("replies.0.text", "replies.*.text"). A path
-      that is not there leaves its target out; the schema then says so.
+      that is not there leaves its target out, which the schema then reports.
   """
   found = {target: _at_path(row, path) for target, path in fields.items()}
   return {t: value for t, value in found.items() if value is not _NOTHING}

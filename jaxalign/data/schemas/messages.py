@@ -1,8 +1,8 @@
-"""Messages in every dress: lists, JSON in a cell, parts, tools, ShareGPT.
+"""Messages however a row holds them: lists, JSON in a cell, parts, ShareGPT.
 
 What comes out is a list of dicts with `role` (user, assistant, system,
-developer or tool) and `content` (a text, or None beside `tool_calls`), and
-where a message has them `tool_calls`, `tool_call_id`, `name` and the keys a
+developer or tool) and `content` (a text, or None where there are `tool_calls`),
+and where a message has them `tool_calls`, `tool_call_id`, `name` and the keys a
 template reads a thought from. As a text, for a model without a template, a
 dialogue is "\n\nHuman: ...\n\nAssistant: ..." with a system text in front.
 """
@@ -27,7 +27,7 @@ _ROLE_NAMES = {
   _CALL: "function_call tool_call",
 }
 ROLE_OF = {name: role for role, x in _ROLE_NAMES.items() for name in x.split()}
-# Beside role and content; others hold nothing that a template writes.
+# Besides role and content; others hold nothing that a template writes.
 KEYS = (
   "name tool_calls tool_call_id reasoning_content reasoning thinking".split()
 )
@@ -37,7 +37,8 @@ _PAIRS_OF_KEYS = (
   {"from", "value"},
   {"role", "tool_calls"},
 )
-TOOLS = "\n\nTool:"
+_MARKERS = dict(user=HUMAN, assistant=ASSISTANT, tool="\n\nTool:")
+_TEXT_PARTS = (None, "text", "input_text", "output_text")
 _LITERAL = 1 << 22  # characters of a Python literal; a longer one is no cell
 _BEGINS = re.compile(r"\s*(\[\s*)?\{")
 _KEYS = re.compile(r"""["'](role|from)["']\s*:""")
@@ -88,17 +89,21 @@ def opened_or_none(value: Any) -> Any:
 
 def is_messages(value: Any) -> bool:
   """Whether a value is a message, or a list of some."""
-  value = _unzipped(value) if isinstance(value, dict) else value
-  if not isinstance(value, list) or not value:
-    return False
-  return all(
-    isinstance(m, dict) and any(keys <= m.keys() for keys in _PAIRS_OF_KEYS)
-    for m in value
+  value = _unzipped(value)
+  return bool(value and is_dicts(value)) and all(
+    any(keys <= message.keys() for keys in _PAIRS_OF_KEYS) for message in value
   )
 
 
-def _unzipped(value: dict) -> list:
+def is_dicts(value: Any) -> bool:
+  """Whether a value is a list of dicts."""
+  return isinstance(value, list) and all(isinstance(x, dict) for x in value)
+
+
+def _unzipped(value: Any) -> Any:
   """A lone message in a list; {"role": [...], "content": [...]} as messages."""
+  if not isinstance(value, dict):
+    return value
   lists = [item for item in value.values() if isinstance(item, list)]
   even = len(lists) == len(value) > 1 and len({*map(len, lists)}) == 1
   if even and ("role" in value or "from" in value):
@@ -108,10 +113,9 @@ def _unzipped(value: dict) -> list:
 
 def messages_of(value: Any, field: str) -> list[Message]:
   """The messages of a list, of a lone message, or of the text of either."""
-  value = opened(value, field)
+  value = _unzipped(opened(value, field))
   if value is None:
     raise Refused("null", field)
-  value = _unzipped(value) if isinstance(value, dict) else value
   if not isinstance(value, list):
     kind = type(value).__name__
     raise Refused("not a list of messages", f"{field} is a {kind}")
@@ -120,10 +124,9 @@ def messages_of(value: Any, field: str) -> list[Message]:
 
 def unread_keys(value: Any) -> set[str]:
   """Keys of messages that hold text and that nothing reads."""
-  messages = [value] if isinstance(value, dict) else value
   return {
     str(key)
-    for message in messages
+    for message in ([value] if isinstance(value, dict) else value)
     for key, item in message.items()
     if key not in _READ and isinstance(item, str) and item.strip()
   }
@@ -137,53 +140,43 @@ def _message(value: Any, field: str) -> Message:
   if not isinstance(value, dict):
     kind = type(value).__name__
     raise Refused("not a list of messages", f"{field} holds a {kind}")
-  role, text = _first_of(value, "role", "from"), _first_of(value, *_CONTENT)
+  role = _first_of(value, "role", "from")
+  text = _first_of(value, "content", "value")
   known = ROLE_OF.get(role.strip().lower()) if isinstance(role, str) else None
   if known is None:
     raise Refused("unknown role", f"{role!r:.40} in {field}")
-  given = {key: value.get(key) for key in KEYS}
-  out = {k: without_none(v) for k, v in given.items() if v not in _EMPTY}
+  out = {k: value.get(k) for k in KEYS}
+  out = {k: without_none(v) for k, v in out.items() if v not in (None, [], "")}
   if known == _CALL:
     known, out["tool_calls"], text = "assistant", _calls(text, field), None
   elif isinstance(value.get("function_call"), Mapping):
     call = without_none(value["function_call"])
     out["tool_calls"] = [dict(type="function", function=call)]
-  if "tool_calls" in out:
-    calls = out["tool_calls"]
-    if known != "assistant" or not is_dicts(calls):
-      raise Refused("bad tool call", f"{calls!r:.60} in {field}")
-  if text is not None or "tool_calls" not in out:
-    text = _content_of(text, f"content of {known} in {field}")
+  calls = out.get("tool_calls", [])
+  if not is_dicts(calls) or calls and known != "assistant":
+    raise Refused("bad tool call", f"{calls!r:.60} in {field}")
+  if text is not None or not calls:
+    text = _text_of_content(text, f"content of {known} in {field}")
   return dict(role=known, content=text) | out
 
 
-_CONTENT = ("content", "value")
-_EMPTY = (None, [], "")
-
-
-def is_dicts(value: Any) -> bool:
-  """Whether a value is a list of dicts."""
-  return isinstance(value, list) and all(isinstance(x, dict) for x in value)
-
-
-def _content_of(value: Any, where: str) -> str:
+def _text_of_content(value: Any, where: str) -> str:
   """A content as one text: itself, or its text parts joined."""
   if isinstance(value, str):
     return value
   if not isinstance(value, list):
     raise Refused("null" if value is None else "not a string", where)
-  return "".join(_part_of(part, where) for part in value)
+  return "".join(_text_of_part(part, where) for part in value)
 
 
-def _part_of(part: Any, where: str) -> str:
-  kind = None
+def _text_of_part(part: Any, where: str) -> str:
   if isinstance(part, str):
     return part
+  kind, text = None, None
   if isinstance(part, Mapping):
     kind, text = part.get("type"), part.get("text")
-    known = kind in (None, "text", "input_text", "output_text")
-    if known and isinstance(text, str):
-      return text
+  if kind in _TEXT_PARTS and isinstance(text, str):
+    return text
   name = kind if isinstance(kind, str) else type(part).__name__
   raise Refused("content is not text", f"a part of type {name!r:.40}, {where}")
 
@@ -209,10 +202,8 @@ def tools_of(value: Any) -> list[dict] | None:
   """The tools of a row, from a list or the JSON of one; None where none."""
   if isinstance(value, str) and value.strip():
     text = value
-    try:
-      value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-      raise Refused("bad tools", f"{text[:40]!r} is no JSON") from error
+    if (value := from_json(text)) is None and text.strip() != "null":
+      raise Refused("bad tools", f"{text[:40]!r} is no JSON")
   if value in (None, [], {}) or isinstance(value, str) and not value.strip():
     return None
   if not is_dicts(value):
@@ -257,7 +248,6 @@ def dialogue(turns: list[Message]) -> str:
     Refused: a system turn is not the first, or an earlier turn is empty.
   """
   text = ""
-  marks = dict(user=HUMAN, assistant=ASSISTANT, tool=TOOLS)
   for i, message in enumerate(turns):
     role, content = message["role"], text_of_message(message)
     if role in ("system", "developer"):
@@ -267,5 +257,5 @@ def dialogue(turns: list[Message]) -> str:
     elif not content.strip() and role != "tool":
       raise Refused("empty prompt", f"message {i + 1} ({role}) is empty")
     else:
-      text += f"{marks[role]} {content}"
+      text += f"{_MARKERS[role]} {content}"
   return text + ASSISTANT

@@ -1,6 +1,6 @@
 """Several answers to one prompt: one row, many pairs.
 
-`answers` (texts or messages) beside `scores`, the higher the better;
+`answers` (texts or messages) with their `scores`, the higher the better;
 FineGrainedRLHF's four predictions with the six comparisons of them; or a
 ranked tree of messages (an OpenAssistant export): a node is {"text", "role",
 "replies", "rank", ...}, and replies that were ranked against each other (0 is
@@ -12,9 +12,9 @@ import itertools
 from typing import Any
 
 from jaxalign.data.schemas.convert import convert_pair
-from jaxalign.data.schemas.mapping import ROLES
-from jaxalign.data.schemas.messages import ROLE_OF
-from jaxalign.data.schemas.schema import number_of, Refused, Schema
+from jaxalign.data.schemas.mapping import roles_for
+from jaxalign.data.schemas.messages import is_dicts, ROLE_OF
+from jaxalign.data.schemas.schema import list_of, number_of, Refused, Schema
 
 _PREDICTIONS = tuple(f"prediction {i}" for i in range(1, 5))
 
@@ -28,7 +28,9 @@ def _compared(ranked: list, pairs: str) -> Iterator[tuple]:
   return itertools.combinations(ranked, 2)
 
 
-def _tried(make: Callable[..., dict], *values: Any) -> dict[str, Any] | Refused:
+def _pair_or_refused(
+  make: Callable[..., dict], *values: Any
+) -> dict[str, Any] | Refused:
   """A pair, or why there is none: the others of its row are good."""
   try:
     return make(*values)
@@ -38,14 +40,7 @@ def _tried(make: Callable[..., dict], *values: Any) -> dict[str, Any] | Refused:
 
 def convert_scored(row: dict, pairs: str) -> list[dict[str, Any] | Refused]:
   """A prompt, its answers and their scores."""
-  for name in ("answers", "scores"):
-    value = row.get(name)
-    if name not in row:
-      raise Refused("missing field", name)
-    if not isinstance(value, list):
-      reason = "null" if value is None else "not a list"
-      raise Refused(reason, f"{name} is a {type(value).__name__}")
-  answers, scores = row["answers"], row["scores"]
+  answers, scores = list_of(row, "answers"), list_of(row, "scores")
   counts = f"{len(answers)} answers, {len(scores)} scores"
   if len(answers) != len(scores):
     raise Refused("answers without scores", counts)
@@ -63,7 +58,7 @@ def convert_scored(row: dict, pairs: str) -> list[dict[str, Any] | Refused]:
   numbers = [number_of(dict(scores=score), "scores") for score in scores]
   rated = [(x, a) for x, a in zip(numbers, answers) if x is not None]
   rated.sort(key=lambda item: -item[0])  # of equal ones as they stand
-  made = [_tried(pair, *two) for two in _compared(rated, pairs)]
+  made = [_pair_or_refused(pair, *two) for two in _compared(rated, pairs)]
   if not made:
     raise Refused("fewer than two answers", "with a score")
   return made
@@ -72,7 +67,7 @@ def convert_scored(row: dict, pairs: str) -> list[dict[str, Any] | Refused]:
 def convert_compared(row: dict, pairs: str) -> list[dict[str, Any] | Refused]:
   """Four predictions, compared 1-2, 1-3, 1-4, 2-3, 2-4 and 3-4.
 
-  1 says that the first of the two is better, 2 the second, 0 neither.
+  1 means that the first of the two is better, 2 the second, 0 neither.
   """
   del pairs  # those that were compared
   codes = row.get("preference")
@@ -91,7 +86,7 @@ def convert_compared(row: dict, pairs: str) -> list[dict[str, Any] | Refused]:
     sides = dict(chosen=row.get(chosen), rejected=row.get(rejected))
     return convert_pair(dict(prompt=row.get("question")) | sides)
 
-  return [_tried(pair, *two, code) for two, code in zip(couples, codes)]
+  return [_pair_or_refused(pair, *two, c) for two, c in zip(couples, codes)]
 
 
 def convert_tree(row: dict, pairs: str) -> list[dict[str, Any] | Refused]:
@@ -113,12 +108,12 @@ def convert_tree(row: dict, pairs: str) -> list[dict[str, Any] | Refused]:
     node, before = todo.pop()
     path = before + [_node_message(node)]
     replies = node.get("replies") or []
-    is_list = isinstance(replies, list)
-    if not is_list or not all(isinstance(reply, dict) for reply in replies):
+    if not is_dicts(replies):
       raise Refused("not a tree", f"replies of {_node_id(node)!r:.60}")
     ranked = [reply for reply in replies if reply.get("rank") is not None]
     ranked.sort(key=_rank)
-    made += [_tried(_tree_pair, path, *two) for two in _compared(ranked, pairs)]
+    for two in _compared(ranked, pairs):
+      made.append(_pair_or_refused(_tree_pair, path, *two))
     todo += [(reply, path) for reply in reversed(replies)]
   if not made:
     raise Refused("no ranked replies", _node_id(root))
@@ -168,15 +163,14 @@ def _is_tree(row: dict) -> bool:
   return isinstance(root, dict) and isinstance(root.get("replies"), list)
 
 
-_SCORED = ("prompt", "answers", "scores")
-_ANSWERS = dict.fromkeys(_PREDICTIONS, "an answer")
 SCHEMAS = (
   Schema(
     "fine_grained_rlhf",
     convert_compared,
     ("question", *_PREDICTIONS, "preference"),
     many=True,
-    roles=_ANSWERS | dict(question="the prompt", preference="which is better"),
+    roles=dict.fromkeys(_PREDICTIONS, "an answer")
+    | dict(question="the prompt", preference="which is better"),
   ),
   Schema(
     "trees",
@@ -189,9 +183,9 @@ SCHEMAS = (
   Schema(
     "scored_answers",
     convert_scored,
-    _SCORED,
+    ("prompt", "answers", "scores"),
     _is_scored,
     many=True,
-    roles={name: ROLES[name] for name in (*_SCORED, "system", "id")},
+    roles=roles_for("prompt answers scores system id"),
   ),
 )

@@ -1,11 +1,11 @@
-"""What all schemas share: a row refused, a pair or a single answer made.
+"""What all schemas share: `Schema`, a refused row, texts, scores, dialogues.
 
 A converted row of text holds `text = prompt + response` exactly: nothing is
 stripped or joined, so a dialogue's prompt ends in "\n\nAssistant:" and its
-response starts with the space that follows it. A row of messages holds `turns`
-beside that text, for a chat template to write in its own way, `tools` where it
-has some and `answers` where an answer is more than its text. Where the row has
-scores, `margin` is how much better the chosen side was rated.
+response starts with the space that follows it. A row of messages also holds
+`turns`, for a chat template to write in its own way, `tools` where it has some
+and `answers` where an answer is more than its text. Where the row has scores,
+`margin` is how much better the chosen side was rated.
 """
 
 from collections.abc import Callable, Mapping
@@ -40,6 +40,7 @@ class Schema:
     roles: column -> what it becomes, in words.
     rule: what the codes of a choice mean, where that is known.
     code: the column that holds them.
+    fields: of a public layout, target -> path.
   """
 
   name: str
@@ -50,6 +51,7 @@ class Schema:
   roles: Mapping[str, str] = dataclasses.field(default_factory=dict)
   rule: Any = None
   code: str = "choice"
+  fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   def fits(self, row: dict) -> bool:
     """Whether a row has this shape."""
@@ -59,7 +61,7 @@ class Schema:
 
 
 def text_of(row: Mapping, field: str, empty: str = "empty response") -> str:
-  """`row[field]` if it is text with something in it; Refused otherwise."""
+  """`row[field]` if it is a text that is not blank; Refused otherwise."""
   if field not in row:
     raise Refused("missing field", field)
   value = row[field]
@@ -67,13 +69,19 @@ def text_of(row: Mapping, field: str, empty: str = "empty response") -> str:
     raise Refused("null", field)
   if not isinstance(value, str):
     raise Refused("not a string", f"{field} is a {type(value).__name__}")
-  return _not_blank(value, field, empty)
+  if not value.strip():
+    raise Refused(empty, f"{field} is {value[:20]!r}")
+  return value
 
 
-def _not_blank(text: str, name: str, empty: str = "empty response") -> str:
-  if not text.strip():
-    raise Refused(empty, f"{name} is {text[:20]!r}")
-  return text
+def list_of(row: Mapping, field: str) -> list:
+  """`row[field]` if it is a list; Refused otherwise."""
+  if field not in row:
+    raise Refused("missing field", field)
+  if not isinstance(value := row[field], list):
+    reason = "null" if value is None else "not a list"
+    raise Refused(reason, f"{field} is a {type(value).__name__}")
+  return value
 
 
 def number_of(row: Mapping, field: str) -> float | None:
@@ -81,15 +89,14 @@ def number_of(row: Mapping, field: str) -> float | None:
   value = row.get(field)
   if value is None or value == "":
     return None
-  if isinstance(value, str):
-    try:
-      value = float(value)
-    except ValueError:
-      pass
-  is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-  if not is_number or not math.isfinite(value):
+  known = isinstance(value, (str, int, float)) and not isinstance(value, bool)
+  try:
+    number = float(value) if known else math.nan
+  except ValueError:
+    number = math.nan
+  if not math.isfinite(number):
     raise Refused("bad score", f"{field} is {value!r:.40}, wanted a number")
-  return float(value)
+  return number
 
 
 def margin_of(row: Mapping[str, Any]) -> float | None:
@@ -133,43 +140,15 @@ def turns_of(prompt: str) -> list[dict[str, str]] | None:
   return turns
 
 
-def make_pair(
-  prompt: str, chosen: str, rejected: str, group: str = "", **known: Any
-) -> dict[str, Any]:
-  """The converted pair; of `known` (turns, margin ...) what is not None."""
-  _not_blank(prompt, "prompt", "empty prompt")
-  _not_blank(chosen, "chosen")
-  _not_blank(rejected, "rejected")
-  if chosen.strip() == rejected.strip():
-    raise Refused("chosen equals rejected", f"{chosen[:40]!r}")
-  row = dict(prompt=prompt, chosen=chosen, rejected=rejected)
-  return row | _known(group or group_of(prompt), known)
-
-
-def make_unpaired(
-  prompt: str, completion: str, label: bool, group: str = "", **known: Any
-) -> dict[str, Any]:
-  """The converted single answer, liked or disliked."""
-  _not_blank(prompt, "prompt", "empty prompt")
-  _not_blank(completion, "completion")
-  row = dict(prompt=prompt, completion=completion, label=label)
-  return row | _known(group or group_of(prompt), known)
-
-
-def _known(group: str, known: dict[str, Any]) -> dict[str, Any]:
-  return dict(group=group) | {k: v for k, v in known.items() if v is not None}
-
-
 def split_dialogue(text: str, side: str) -> tuple[str, str]:
   """A dialogue at its last Assistant marker: (prompt with marker, response).
 
   Splitting at the longest common prefix of the two sides instead would cut
   inside a word whenever both replies start alike.
   """
-  at = text.rfind(ASSISTANT)
-  if at < 0:
+  before, marker, answer = text.rpartition(ASSISTANT)
+  if not marker:
     raise Refused("no Assistant turn", f"{side} has no {ASSISTANT!r}")
-  cut = at + len(ASSISTANT)
-  if HUMAN in text[cut:]:
+  if HUMAN in answer:
     raise Refused("ends in a Human turn", side)
-  return text[:cut], text[cut:]
+  return before + marker, answer

@@ -28,9 +28,20 @@ from jaxalign.select.topk import top
 Sampler = Callable[..., Selection]
 
 
-def take(pool: Pool, rows: np.ndarray) -> Pool:
-  """Some rows of a pool, in the same order (rows ascending)."""
-  return Pool(pool.ids[rows], {k: v[rows] for k, v in pool.columns.items()})
+def take(pool: Pool, rows: np.ndarray, reader: Sampler | None = None) -> Pool:
+  """Some rows of a pool, in the same order (rows ascending).
+
+  Wide columns [N, R, W], which are costly to copy, come along only where the
+  reader reads them: a sampler, bound to its keywords.
+  """
+  columns = pool.columns
+  if reader is not None:
+    read = {*reader.func.needs, *reader.func.optional}
+    for value in reader.keywords.values():
+      read |= {value} if isinstance(value, str) else set()
+      read |= {*value} if isinstance(value, (tuple, list)) else set()
+    columns = {k: v for k, v in columns.items() if v.ndim < 3 or k in read}
+  return Pool(pool.ids[rows], {k: v[rows] for k, v in columns.items()})
 
 
 def _union(samplers: Sequence[Sampler], mark: str, *more: str) -> tuple:
@@ -100,7 +111,7 @@ def _within(
       f"{what} leaves {rows.size} of {len(keep)} rows, the budget wants "
       f"{budget}; set config.select.budget, or the {what.split(' ')[0]}"
     )
-  found = inner(seed, take(pool, rows), budget)
+  found = inner(seed, take(pool, rows, inner), budget)
   score = np.full(len(keep), found.score.min() - 1)
   score[rows] = found.score
   return Selection(rows[found.rows], score, found.notes)
@@ -199,7 +210,7 @@ def quota(
         whole.append(f"{name} ({len(rows)})")
         continue
       try:
-        found = inner(seed, take(pool, rows), int(count[k]))
+        found = inner(seed, take(pool, rows, inner), int(count[k]))
       except JaxalignError as error:
         raise type(error)(
           f"quota by {', '.join(by)}, {count[k]} of {len(rows)} rows with "

@@ -25,11 +25,13 @@ _DIGITS = 6  # of a cosine; two copies are equally alike to a third
 
 def first_copies(x: np.ndarray, ids: np.ndarray) -> np.ndarray:
   """[N] int64, of rows with the same bits the one whose id hashes lowest."""
-  first, seen = np.arange(len(x)), {}
-  for i in np.argsort(id_hash(ids), kind="stable").tolist():
-    mark = hashlib.blake2b(x[i].tobytes(), digest_size=16).digest()
-    first[i] = seen.setdefault(mark, i)
-  return first
+  order = np.argsort(id_hash(ids), kind="stable")
+  mark = lambda row: hashlib.blake2b(row.tobytes(), digest_size=16).digest()
+  marks = np.fromiter((mark(x[i]) for i in order), "S16", len(x))
+  _, first, of = np.unique(marks, return_index=True, return_inverse=True)
+  out = np.empty(len(x), np.int64)
+  out[order] = order[first[of]]
+  return out
 
 
 def most_alike(
@@ -61,10 +63,13 @@ def most_alike(
   labels, centres = kmeans.k_means(x, ids, count, seed)
   length = np.sqrt((centres**2).sum(1))
   centres = centres / np.where(length, length, 1)[:, None]
-  typical = np.round(
-    np.einsum("nw,nw->n", x, np.float32(centres)[labels], dtype=np.float64),
-    _DIGITS,
-  )
+  centres, typical = np.float32(centres), np.empty(len(x))
+  for at in range(0, len(x), 1 << 16):
+    part, own = x[at : at + (1 << 16)], centres[labels[at : at + (1 << 16)]]
+    typical[at : at + (1 << 16)] = np.einsum(
+      "nw,nw->n", part, own, dtype=np.float64
+    )
+  typical = np.round(typical, _DIGITS)
   own = np.flatnonzero(first_copies(x, ids) == np.arange(len(x)))
   order = own[np.lexsort((id_hash(ids[own]), typical[own], labels[own]))]
   sizes = np.bincount(labels[own], minlength=count)

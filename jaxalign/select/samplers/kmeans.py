@@ -21,6 +21,7 @@ from jaxalign.select.samplers.values import in_order
 from jaxalign.select.topk import id_hash, uniform
 
 _WIDE = 128  # centres compared with the rows at once
+_ASSIGNED = 1 << 17  # rows that lie on the devices at once
 _STEPS = 10  # of Lloyd
 SMALL = 2048  # rows of a cluster that is never too large
 BLOCKS = (
@@ -96,7 +97,11 @@ def k_means(
     if last is not None and (last == labels).all():
       break
     centres = _means(part, labels, centres)
-  return assign(vectors.place(x), centres), centres
+  nearest = [
+    assign(vectors.place(x[at : at + _ASSIGNED]), centres)
+    for at in range(0, n, _ASSIGNED)
+  ]
+  return np.concatenate(nearest), centres
 
 
 def k_means_work(p: Sizes, k: int, width: int) -> Work:

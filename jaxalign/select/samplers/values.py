@@ -54,12 +54,26 @@ def refuse_rows(bad: np.ndarray, ids: np.ndarray, what: str, advice: str):
     )
 
 
+def not_finite(value: np.ndarray) -> np.ndarray:
+  """[N] bool, which rows [N, ...] have a NaN or an infinity."""
+  bad = np.zeros(len(value), bool)
+  if value.dtype.kind not in "biu":
+    for at in range(0, len(value), 1 << 16):
+      part = np.isfinite(value[at : at + (1 << 16)])
+      bad[at : at + (1 << 16)] = ~part.reshape(len(part), -1).all(axis=1)
+  return bad
+
+
+def check_finite(value: np.ndarray, ids: np.ndarray, what: str) -> None:
+  """Refuses, by id, rows [N, ...] with a NaN or an infinity."""
+  advice = f"wanted numbers, look at what made the pool's {what}"
+  refuse_rows(not_finite(value), ids, f"a {what} that is not finite", advice)
+
+
 def finite(value: np.ndarray, ids: np.ndarray, what: str) -> np.ndarray:
   """[N, ...] as float64; a row with a NaN or an infinity is refused by id."""
   value = np.asarray(value, np.float64)
-  bad = ~np.isfinite(value).reshape(len(value), -1).all(axis=1)
-  advice = f"wanted numbers, look at what made the pool's {what}"
-  refuse_rows(bad, ids, f"a {what} that is not finite", advice)
+  check_finite(value, ids, what)
   return value
 
 

@@ -12,19 +12,26 @@ from jaxalign.core.errors import ConfigError
 from jaxalign.select.chunks import (
   by_parts,
   chunk_rows,
-  less,
+  large_empty,
   over_chunks,
   padded_chunks,
   tiles,
 )
 from jaxalign.select.costs import Sizes
 from jaxalign.select.pool import Pool
-from jaxalign.select.samplers.values import refuse_rows, require
+from jaxalign.select.samplers.values import not_finite, refuse_rows, require
 
-PAIRS = ("mean", "chosen", "rejected", "difference", "concat")
 METRICS = ("cosine", "centred", "euclidean")
 ROUNDING = 2.0**-24  # of one float32 operation
 HOURS = 24.0  # at the assumed rate, above which a method does not start
+_ONE_VECTOR = {  # [n, R, E] -> [n, W]
+  "mean": lambda x: (x[:, 0] + x[:, 1]) / 2,
+  "chosen": lambda x: x[:, 0],
+  "rejected": lambda x: x[:, 1],
+  "difference": lambda x: x[:, 0] - x[:, 1],
+  "concat": lambda x: x.reshape(len(x), -1),
+}
+PAIRS = tuple(_ONE_VECTOR)
 _LOOK = "look at the embedding of those records"
 
 
@@ -84,40 +91,33 @@ def vectors(
   """
   require(pair in PAIRS, "pair", pair, PAIRS)
   require(metric in METRICS, "metric", metric, METRICS)
-  x = np.asarray(pool.embedding, np.float32)
-  if x.ndim == 2:
-    x = x[:, None]
+  x = pool.embedding
+  x = x if x.ndim == 3 else x[:, None]
   if x.ndim != 3:
     raise ConfigError(
       f"the embedding has shape {x.shape}, wanted [N, R, E]; look at "
       "config.embed"
     )
-  bad = ~np.isfinite(x).all(axis=(1, 2))
-  refuse_rows(bad, pool.ids, "an embedding that is not finite", _LOOK)
-  if x.shape[1] == 1:
-    if pair == "difference":
-      raise ConfigError(
-        "pair 'difference' reads pairs, the pool has single responses; set "
-        "config.select.kwargs.pair"
-      )
-    x = x[:, 0]
-  else:
-    chosen, rejected = x[:, 0], x[:, 1]
-    x = {
-      "mean": lambda: (chosen + rejected) / 2,
-      "chosen": lambda: chosen,
-      "rejected": lambda: rejected,
-      "difference": lambda: chosen - rejected,
-      "concat": lambda: np.concatenate([chosen, rejected], axis=1),
-    }[pair]()
+  refuse_rows(not_finite(x), pool.ids, "an embedding that is not finite", _LOOK)
+  n, r, width = x.shape
+  if r == 1 and pair == "difference":
+    raise ConfigError(
+      "pair 'difference' reads pairs, the pool has single responses; set "
+      "config.select.kwargs.pair"
+    )
+  wide = pair == "concat" and r == 2
+  out = large_empty((n, width * (2 if wide else 1)))
+  one = _ONE_VECTOR[pair if r == 2 else "chosen"]
+  by_parts(lambda part: one(np.float32(part)), x, out=out)
   if metric == "centred":
-    x = less(x, x.mean(axis=0, dtype=np.float64))
+    mean = out.mean(axis=0, dtype=np.float64)
+    by_parts(lambda part: part - mean[None], out, out=out)
   if metric != "euclidean":
-    norm = lengths(x)
+    norm = lengths(out)
     advice = f"set config.select.kwargs.metric to 'euclidean', or {_LOOK}"
     refuse_rows(norm <= 1e-30, pool.ids, "a vector of length 0", advice)
-    x = by_parts(lambda part, size: part / size[:, None], x, norm)
-  return np.ascontiguousarray(x)
+    by_parts(lambda part, size: part / size[:, None], out, norm, out=out)
+  return out
 
 
 def directions(pool: Pool, pair: str, metric: str) -> np.ndarray:

@@ -24,6 +24,7 @@ from jaxalign.select.samplers.crossfit import heads, margins, near_copies, notes
 from jaxalign.select.samplers.draws import apportion, place_in_group
 from jaxalign.select.samplers.isa import top_with_quota
 from jaxalign.select.samplers.values import (
+  check_finite,
   column,
   finite,
   is_count,
@@ -114,23 +115,27 @@ def _slices(
 
 
 def _labelled(
-  pool: Pool, data: margins.Labelled, k: Keywords
+  pool: Pool,
+  parts: dict[str, np.ndarray],
+  of_heads: tuple[tuple[str, ...], ...],
+  k: Keywords,
 ) -> margins.Labelled:
   """The features with the labels, or an error where the pool has none."""
-  r = data.parts["few"].shape[1]
+  r = parts["few"].shape[1]
   if r == 1 and "label" not in pool.columns:
     raise ConfigError(
       "crossfit reads the label of single responses, the pool has none; set "
       "config.select.sampler"
     )
   label = None if r == 2 else np.asarray(pool.label, bool)
-  group = np.asarray(pool.columns.get("group", pool.ids))
+  group = _groups(pool)
   habits, habit = _names(k.orthogonal), None
   _check_columns(pool, "orthogonal", habits, (r,))
   if habits:
     value = np.stack([column(pool, name) for name in habits], axis=2)
     habit = np.float64(heads.scaled(heads.differences(value, group)))
-  return data._replace(group=group, label=label, habit=habit)
+  rows = np.arange(len(pool.ids))
+  return margins.Labelled(parts, of_heads, group, rows, label, habit)
 
 
 def _select(
@@ -146,7 +151,7 @@ def _select(
   require(known, "unlearnable", k.unlearnable, UNLEARNABLE)
   known = k.copies in (None, "auto") or is_count(k.copies)
   require(known, "copies", k.copies, "'auto', None, or 1 or more")
-  data, by = _labelled(pool, data, k), _names(k.slices)
+  by = _names(k.slices)
   _check_columns(pool, "slices", by, ())
   shown = by or tuple(n for n in ("source",) if n in pool.columns)
   code, names = _slices(pool, shown)
@@ -289,36 +294,42 @@ def _length_notes(seed, pool, data, found, kept, k):
 
 def _read(pool: Pool) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
   """The tokens of each response, its few numbers, and what the gate reads."""
-  grams, length = _counts(pool), column(pool, "length")
+  grams, length = np.asarray(pool.grams), column(pool, "length")
+  check_finite(grams, pool.ids, "grams")
   overlap = finite(pool.overlap, pool.ids, "overlap")
   few = np.concatenate([overlap, length[..., None]], axis=2)
-  tokens = np.float32(grams[..., : grams.shape[2] // 2])
+  tokens = grams[..., : grams.shape[2] // 2]
   n, r = tokens.shape[:2]
   common = grams_lib.surprise(grams.reshape(n * r, -1)).reshape(n, r, 2)
+  size = np.empty((n, r), np.float32)
+  for at in range(0, n, heads.ROWS):
+    x = np.float32(tokens[at : at + heads.ROWS])
+    size[at : at + heads.ROWS] = np.sqrt((x**2).sum(axis=2))
   signs = dict(
     length=length,
     tokens=common[..., 0],
     pairs=common[..., 1],
-    grams=_typical(tokens),
-    size=np.sqrt((tokens**2).sum(axis=2)),
+    grams=_typical(tokens, _groups(pool)),
+    size=size,
   )
   return tokens, few, signs
 
 
-def _counts(pool: Pool) -> np.ndarray:
-  """`pool.grams`, not copied where they are whole numbers, which are finite."""
-  grams = np.asarray(pool.grams)
-  return (
-    grams if grams.dtype.kind in "biu" else finite(grams, pool.ids, "grams")
-  )
+def _groups(pool: Pool) -> np.ndarray:
+  """[N] names of prompts; without them each row's own."""
+  return np.asarray(pool.columns.get("group", pool.ids))
 
 
-def _typical(x: np.ndarray) -> np.ndarray:
-  """[N, R, W] -> [N, R]."""
-  flat = np.asarray(x.reshape(-1, x.shape[2]), np.float32)
-  return heads.typical(
-    heads.scaled(flat, flat.mean(axis=0, dtype=np.float64))
-  ).reshape(x.shape[:2])
+def _typical(x: np.ndarray, group: np.ndarray) -> np.ndarray:
+  """[N, R, W] -> [N, R], how typical a response is of the pool's."""
+  out = np.empty(x.shape[:2])
+  chunks = heads.in_chunks(group)
+  flat = lambda rows: x[rows].reshape(-1, x.shape[2])
+  density, score = heads.fit_density(flat(chunks[0]))
+  out[chunks[0]] = score.reshape(-1, x.shape[1])
+  for rows in chunks[1:]:
+    out[rows] = density.of(flat(rows)).reshape(-1, x.shape[1])
+  return out
 
 
 def _lite_work(p: Sizes, **_) -> Work:
@@ -348,10 +359,9 @@ def crossfit_lite(
   Args: as of `crossfit`, whose other columns are not read.
   """
   tokens, few, signs = _read(pool)
-  data = margins.Labelled(
-    dict(tokens=tokens, few=few), (("tokens", "few"),), pool.ids
-  )
+  parts, of_heads = dict(tokens=tokens, few=few), (("tokens", "few"),)
   k = Keywords(label_quota, unlearnable, orthogonal, slices, copies)
+  data = _labelled(pool, parts, of_heads, k)
   return _select(seed, pool, budget, data, signs, k)
 
 
@@ -420,10 +430,12 @@ def crossfit(
     are refused, `drawn` has it; lower where a quota passes rows over.
   """
   tokens, few, signs = _read(pool)
-  answer = finite(pool.answer_embedding, pool.ids, "answer_embedding")
-  residual = finite(pool.residual, pool.ids, "residual")
+  answer = np.asarray(pool.answer_embedding)
+  residual = np.asarray(pool.residual)
+  check_finite(answer, pool.ids, "answer_embedding")
+  check_finite(residual, pool.ids, "residual")
   least = column(pool, "least")
-  signs |= dict(embedding=_typical(answer), least=least)
+  signs |= dict(embedding=_typical(answer, _groups(pool)), least=least)
   more = [least]
   if "logp" in pool.columns:
     total, count = column(pool, "logp"), column(pool, "logp_count")
@@ -438,6 +450,6 @@ def crossfit(
     ("residual", "few"),
     ("tokens", "residual", "answer", "few"),
   )
-  data = margins.Labelled(parts, of_heads, pool.ids)
   k = Keywords(label_quota, unlearnable, orthogonal, slices, copies)
+  data = _labelled(pool, parts, of_heads, k)
   return _select(seed, pool, budget, data, signs, k)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import threadpoolctl
 
+from jaxalign.core import progress
 from jaxalign.core.errors import ConfigError
 from jaxalign.select import grams
 from jaxalign.select.costs import Sizes, Work
@@ -24,9 +25,10 @@ SLICE_ROWS = 200  # a slice with fewer has no heads of its own
 class Labelled(NamedTuple):
   """What heads read of N rows, and the labels."""
 
-  parts: dict[str, np.ndarray]  # of the features, each [N, R, W]
+  parts: dict[str, np.ndarray]  # of the features, each [all rows, R, W]
   heads: tuple[tuple[str, ...], ...]  # the parts of each
   group: np.ndarray  # [N] names of prompts
+  rows: np.ndarray  # [N] which rows of the parts
   label: np.ndarray | None = None  # [N] bool of unpaired rows; None for pairs
   habit: np.ndarray | None = None  # [N, H] what no head may use
 
@@ -37,13 +39,12 @@ class Labelled(NamedTuple):
     return np.where(self.label, 1.0, -1.0)
 
   def take(self, rows: np.ndarray) -> "Labelled":
-    """Some of the rows."""
-    return Labelled(
-      {name: part[rows] for name, part in self.parts.items()},
-      self.heads,
-      self.group[rows],
-      None if self.label is None else self.label[rows],
-      None if self.habit is None else self.habit[rows],
+    """Some of the rows; the parts are not copied."""
+    return self._replace(
+      group=self.group[rows],
+      rows=self.rows[rows],
+      label=None if self.label is None else self.label[rows],
+      habit=None if self.habit is None else self.habit[rows],
     )
 
 
@@ -61,13 +62,6 @@ class Margins(NamedTuple):
     return float((self.mean > 0).mean())
 
 
-def head_columns(part: np.ndarray, group: np.ndarray) -> np.ndarray:
-  """[N, R, W] -> [N, P] float64 of rows; wide parts are rotated and cut."""
-  x = heads.scaled(heads.differences(part, group))
-  wide = x.shape[1] > heads.COLUMNS
-  return heads.principal(x)[0] if wide else np.float64(x)
-
-
 def _chance(label: np.ndarray | None) -> float:
   if label is None:
     return float(np.log(2))
@@ -75,44 +69,109 @@ def _chance(label: np.ndarray | None) -> float:
   return float(-liked * np.log(liked) - (1 - liked) * np.log(1 - liked))
 
 
+class _Head(NamedTuple):
+  """A head at two ridges, and what is done to its columns first."""
+
+  parts: tuple[str, ...]
+  longest: float  # of its rows; longer ones are clipped
+  explained: np.ndarray | None  # [H, P] by a habit
+  ridges: list[heads.Folds]
+
+
+def _columns(
+  head: _Head, parts: dict[str, np.ndarray], habit: np.ndarray | None
+) -> np.ndarray:
+  """[n, P] what the head reads of rows; a habit's columns come last."""
+  x = np.concatenate([parts[name] for name in head.parts], axis=1)
+  x = heads.clipped(x, head.longest)
+  if habit is None:
+    return x
+  # Tenfold, so that the ridge leaves the habit alone.
+  return np.concatenate([x - habit @ head.explained, 10 * habit], axis=1)
+
+
+def _fit_head(
+  data: Labelled,
+  parts: dict[str, np.ndarray],
+  names: tuple[str, ...],
+  fold: np.ndarray,
+  tuning: np.ndarray,
+) -> _Head:
+  """A head of these parts at its best ridge and the next larger.
+
+  `tuning` [N] are the folds of the rows that choose the ridge, -1 of others.
+  """
+  y, habit, unread = data.signs(), data.habit, 0
+  x = np.concatenate([parts[name] for name in names], axis=1)
+  head = _Head(names, heads.longest(x), None, [])
+  if habit is not None:
+    unread, x = habit.shape[1], heads.clipped(x, head.longest)
+    head = head._replace(explained=heads.explained(x, habit))
+  x, few = _columns(head, parts, habit), np.flatnonzero(tuning >= 0)
+  i, _ = heads.choose_ridge(x[few], y[few], tuning[few], RIDGES, unread)
+  best = RIDGES[i : i + 2]
+  fits = [heads.fit_folds(x, y, fold, ridge)[0] for ridge in best]
+  return head._replace(ridges=fits)
+
+
 def margins(seed: int, data: Labelled) -> Margins:
   """Out-of-fold margins of every head, at its best ridge and the next larger.
 
   The best ridge has the least out-of-fold loss on the observed labels of some
-  4,000 rows; folds hold whole prompts. A head counts by how far its loss is
-  below chance: one that predicts nothing has no vote. A habit explains what
-  it can of the labels, and features are taken without what it explains.
+  4,000 rows; folds hold whole prompts. Of a pool above `heads.ROWS` rows a
+  fair sample of so many is what heads are fitted to, and all rows are judged.
+  A head counts by how far its loss is below chance: one that predicts nothing
+  has no vote. A habit explains what it can of the labels, and features are
+  taken without what it explains.
 
   Args:
     seed: of the folds.
     data: see `Labelled`.
   """
-  n, habit, y = len(data.group), data.habit, data.signs()
+  chunks = heads.in_chunks(data.group)
+  first, n = data.take(chunks[0]), len(data.group)
   fold = heads.folds(seed, data.group, FOLDS, "crossfit")
-  tuning = heads.folds(seed, data.group, RIDGE_FOLDS, "crossfit ridge")
-  draw = heads.folds(seed, data.group, 1_000_000, "crossfit rows")
-  few = np.flatnonzero(draw < 1e6 * RIDGE_ROWS / max(n, RIDGE_ROWS))
+  tuning = heads.folds(seed, first.group, RIDGE_FOLDS, "crossfit ridge")
+  draw = heads.folds(seed, first.group, 1_000_000, "crossfit rows")
+  most = max(len(draw), RIDGE_ROWS)
+  tuning = np.where(draw < 1e6 * RIDGE_ROWS / most, tuning, -1)
+  views, parts = {}, {}
+  for name, part in data.parts.items():
+    views[name], parts[name] = heads.fit_view(part[first.rows], first.group)
+  fitted = [
+    _fit_head(first, parts, names, fold[chunks[0]], tuning)
+    for names in data.heads
+  ]
+  count = sum(len(head.ridges) for head in fitted)
+  margin, loss = np.empty((count, n)), np.empty((count, n))
+  unread = 0 if data.habit is None else data.habit.shape[1]
+  with progress.bar("crossfit", n) as tick:
+    for rows in chunks:
+      some = data.take(rows)
+      if rows is not chunks[0]:
+        parts = {
+          name: views[name].of(part[some.rows], some.group)
+          for name, part in data.parts.items()
+        }
+      y, found = some.signs(), []
+      for head in fitted:
+        x = _columns(head, parts, some.habit)
+        found += [
+          ridge.judge(x, y, fold[rows], unread) for ridge in head.ridges
+        ]
+      for k, (m, each) in enumerate(found):
+        margin[k, rows], loss[k, rows] = m, each
+      tick(len(rows))
+  size = np.median(np.abs(margin), axis=1, keepdims=True)
+  margin /= np.where(size > 0, size, 1)
   chance = _chance(data.label)
-  parts = {k: head_columns(v, data.group) for k, v in data.parts.items()}
-  found, best, gains = [], None, []
-  unread = 0 if habit is None else habit.shape[1]
-  for names in data.heads:
-    x = np.concatenate([parts[name] for name in names], axis=1)
-    x = heads.clipped(x)
-    if habit is not None:  # tenfold, so that the ridge leaves it alone
-      x = np.concatenate([heads.without(x, habit), 10 * habit], axis=1)
-    i, _ = heads.choose_ridge(x[few], y[few], tuning[few], RIDGES, unread)
-    for ridge in RIDGES[i : i + 2]:
-      margin, loss, _ = heads.out_of_fold(x, y, fold, ridge, unread=unread)
-      size = np.median(np.abs(margin))
-      found.append(margin / size if size > 0 else margin)
-      gains.append(max(0.0, chance - loss.mean()))
-      if best is None or loss.mean() < best.mean():
-        best = loss
-  weight = np.array(gains) if any(gains) else np.ones(len(gains))
-  weight /= weight.sum()
-  mean = weight @ np.stack(found)
-  spread = np.sqrt(weight @ (np.stack(found) - mean) ** 2)
+  losses = loss.mean(axis=1)
+  gains = np.maximum(0.0, chance - losses)
+  weight = gains if gains.any() else np.ones(count)
+  weight = weight / weight.sum()
+  mean = weight @ margin
+  spread = np.sqrt(weight @ (margin - mean) ** 2)
+  best = loss[np.argmin(losses)].copy()
   return Margins(mean, spread / (np.abs(mean) + 0.3), best, chance)
 
 

@@ -10,6 +10,7 @@ from scipy.sparse.csgraph import connected_components
 
 BANDS, HASHES = 16, 4  # two rows half alike meet in 64 % of cases
 COPIES = 2  # of a set of near-copies, before all others
+_ROWS = 1 << 16  # whose words are held at once
 ALL_ALIKE = 0.5  # fraction of rows with near-copies, above which none counts
 
 
@@ -26,31 +27,39 @@ def copies(grams: np.ndarray, alike: float = 0.5) -> np.ndarray:
     grams: [N, R, W] counts, see `select.grams`.
     alike: from 0 to 1.
   """
-  has = grams.any(axis=1)
-  has = np.concatenate([has, ~has.any(axis=1)[:, None]], axis=1)  # no word
-  n, width = has.shape
+  n, width = len(grams), grams.shape[2] + 1
   if not n:
     return np.zeros(0, np.int64)
-  places = np.nonzero(has)[1]
-  size = has.sum(axis=1)
-  starts = np.cumsum(size) - size
   rng = np.random.Generator(np.random.Philox(key=41))
+  orders = [rng.permutation(width) for _ in range(BANDS * HASHES)]
+  size, keys = np.empty(n, np.int64), np.zeros((BANDS, n), np.int64)
+  for at in range(0, n, _ROWS):
+    has = _words(grams[at : at + _ROWS])
+    own = slice(at, at + len(has))
+    places = np.nonzero(has)[1]
+    size[own] = has.sum(axis=1)
+    starts = np.cumsum(size[own]) - size[own]
+    for k, order in enumerate(orders):
+      least = np.minimum.reduceat(order[places], starts)
+      keys[k // HASHES, own] = keys[k // HASHES, own] * width + least
   left, right = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-  for _ in range(BANDS):
-    key = np.zeros(n, np.int64)
-    for _ in range(HASHES):
-      order = rng.permutation(width).astype(np.int64)
-      key = key * width + np.minimum.reduceat(order[places], starts)
+  for key in keys:
     leader = _first_of_equals(key)
     rows = np.flatnonzero(leader != np.arange(n))
     for at in range(0, len(rows), 8192):
       some = rows[at : at + 8192]
       first = leader[some]
-      both = (has[some] & has[first]).sum(axis=1)
+      both = (_words(grams[some]) & _words(grams[first])).sum(axis=1)
       near = both >= alike * (size[some] + size[first] - both)
       left.append(some[near])
       right.append(first[near])
   return _linked(n, np.concatenate(left), np.concatenate(right))
+
+
+def _words(grams: np.ndarray) -> np.ndarray:
+  """[n, R, W] -> [n, W + 1] bool, which a row has; the last: it has none."""
+  has = grams.any(axis=1)
+  return np.concatenate([has, ~has.any(axis=1)[:, None]], axis=1)
 
 
 def _first_of_equals(key: np.ndarray) -> np.ndarray:

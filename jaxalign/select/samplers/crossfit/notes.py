@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from jaxalign.select.samplers.crossfit.heads import LEAST_GAIN, out_of_fold
+from jaxalign.select.samplers.crossfit.heads import fit_folds, LEAST_GAIN
 
 NOTED_ROWS = 50  # of a slice; a smaller one has no note
 ALONE = 0.2  # fraction of the heads' gain that length may have unremarked
@@ -12,7 +12,7 @@ def predicts_alone(
   x: np.ndarray, y: np.ndarray, fold: np.ndarray
 ) -> tuple[float, float]:
   """Out-of-fold loss, nats, and accuracy of a head on x [N, H] alone."""
-  margin, loss, _ = out_of_fold(x, y, fold, 1e-3)
+  margin, loss = fit_folds(x, y, fold, 1e-3)[0].judge(x, y, fold)
   # Equal lengths say nothing: half of them are right.
   return float(loss.mean()), float(((margin > 0) + (margin == 0) / 2).mean())
 
