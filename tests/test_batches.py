@@ -5,19 +5,22 @@ import collections
 import flat
 from hypothesis import given, settings
 from hypothesis import strategies as st
-import jax
+from models import make_mesh, sized
 import numpy as np
 import pytest
 
-from jaxalign.core import sharding
 from jaxalign.core.errors import ConfigError
 from jaxalign.data import batches
 from jaxalign.data import tokens as tokens_lib
-from jaxalign.model import decoder
 from jaxalign.model.flops import decoder_flops
 from jaxalign.train import feed
+from jaxalign.train.training_cost import training_cost
 
 sizes = st.integers(1, 40)
+
+
+def rows_of_steps(steps, *how):
+  return np.concatenate([batches.rows_at(s, *how) for s in steps])
 
 
 @settings(max_examples=200, deadline=None)
@@ -27,9 +30,7 @@ sizes = st.integers(1, 40)
 def test_every_row_once_an_epoch_across_the_cuts(n, batch, seed, epochs):
   steps = batches.updates(n, batch, epochs)
   assert (steps - 1) * batch < epochs * n <= steps * batch
-  seen = np.concatenate(
-    [batches.rows_at(s, n, batch, seed) for s in range(steps)]
-  )
+  seen = rows_of_steps(range(steps), n, batch, seed)
   assert len(seen) == steps * batch
   for e in range(epochs):
     assert sorted(seen[e * n : (e + 1) * n]) == list(range(n))
@@ -51,23 +52,15 @@ def test_a_step_is_a_pure_function():
 
 def test_the_order_is_fair():
   """Over seeds, every row is equally often first: chi-square, 19 degrees."""
-  count = np.bincount(
-    [batches.rows_at(0, 20, 1, s)[0] for s in range(4000)], minlength=20
-  )
+  first = [batches.rows_at(0, 20, 1, seed)[0] for seed in range(4000)]
+  count = np.bincount(first, minlength=20)
   assert ((count - 200) ** 2 / 200).sum() < 43.8  # p = 0.001
 
 
 @pytest.mark.parametrize(
   "n,batch,epochs,most,wanted",
-  [
-    (10, 5, 1, 0, 2),
-    (11, 5, 1, 0, 3),
-    (10, 4, 0.1, 0, 1),
-    (3, 8, 1, 0, 1),
-    (100, 10, 2.5, 0, 25),
-    (100, 10, 2.5, 7, 7),
-    (100, 10, 0.5, 7, 5),
-  ],
+  [(10, 5, 1, 0, 2), (11, 5, 1, 0, 3), (10, 4, 0.1, 0, 1), (3, 8, 1, 0, 1)]
+  + [(100, 10, 2.5, 0, 25), (100, 10, 2.5, 7, 7), (100, 10, 0.5, 7, 5)],
 )
 def test_updates(n, batch, epochs, most, wanted):
   assert batches.updates(n, batch, epochs, most) == wanted
@@ -86,10 +79,6 @@ def test_a_rotation_leaves_no_fixed_point(rows):
   assert (other != rows).all()
 
 
-def test_a_batch_of_three():
-  assert list(batches.rotation(np.array([4, 5, 6]), 7)) == [5, 6, 4]
-
-
 @settings(max_examples=200, deadline=None)
 @given(n=st.integers(2, 12), extra=st.integers(0, 12), seed=sizes)
 def test_a_batch_that_spans_two_epochs(n, extra, seed):
@@ -103,9 +92,12 @@ def test_a_batch_that_spans_two_epochs(n, extra, seed):
     assert sorted(other) == sorted(rows)
 
 
-def test_a_batch_of_one_row_twice():
-  assert list(batches.rotation(np.array([2, 2]), 3)) == [0, 0]
-  assert list(batches.rotation(np.array([0, 1, 0]), 3)) == [1, 0, 1]
+@pytest.mark.parametrize(
+  "rows, n, wanted",
+  [([4, 5, 6], 7, [5, 6, 4]), ([2, 2], 3, [0, 0]), ([0, 1, 0], 3, [1, 0, 1])],
+)
+def test_rotations_by_hand(rows, n, wanted):
+  assert batches.rotation(np.array(rows), n).tolist() == wanted
 
 
 # Mismatched rows.
@@ -176,26 +168,21 @@ def test_mismatched_rows_read_no_token_before_they_are_padded():
   assert len(out.ids) == out.offsets[-1] == len(rows.ids) and not ids.read
   tokens, _ = tokens_lib.pad_rows(out, np.array([4, 2]), 24)
   # Row 4: the prompt of 4 and the answer of 5; row 2: of 2 and 3.
+  parts = ((4, 0, 8), (5, 4, 8), (2, 0, 5), (3, 2, 14))
   wanted = [
-    np.arange(rows.offsets[i] + a, rows.offsets[i] + b)
-    for i, a, b in ((4, 0, 8), (5, 4, 8), (2, 0, 5), (3, 2, 14))
+    range(rows.offsets[i] + a, rows.offsets[i] + b) for i, a, b in parts
   ]
   np.testing.assert_array_equal(
-    np.concatenate(ids.read), np.concatenate(wanted)
+    np.concatenate(ids.read), sum(map(list, wanted), [])
   )
   assert tokens[0].tolist() == EXAMPLE[4][0] + EXAMPLE[5][1] + [0] * 12
   assert tokens[1].tolist() == EXAMPLE[2][0] + EXAMPLE[3][1] + [0] * 7
 
 
 def rows_of(label=None):
-  n = len(EXAMPLE)
-  return flat.train_rows(
-    token_rows(EXAMPLE),
-    1,
-    np.float32(-np.arange(n))[:, None],
-    np.float32([[len(r)] for _, r in EXAMPLE]),
-    label=label,
-  )
+  total = np.float32(-np.arange(len(EXAMPLE)))[:, None]
+  count = np.float32([[len(r)] for _, r in EXAMPLE])
+  return flat.train_rows(token_rows(EXAMPLE), 1, total, count, label=label)
 
 
 def test_the_mismatched_rows_of_every_step():
@@ -204,11 +191,9 @@ def test_the_mismatched_rows_of_every_step():
   out = feed.make_mismatched(rows, feed.Batching(3, 5, context=64), 4)
   assert len(out.start) == 12
   for step in range(4):
-    own = batches.rows_at(step, 7, 3, 5)
-    answers = []
-    for k, i in enumerate(own):
-      got = row(out, step * 3 + k)
-      start = out.start[step * 3 + k]
+    own, answers = batches.rows_at(step, 7, 3, 5), []
+    for k, i in enumerate(own, step * 3):
+      got, start = row(out, k), out.start[k]
       assert got[:start] == EXAMPLE[i][0]
       j = got[start] - 100
       assert j != i and got[start:] == EXAMPLE[j][1]
@@ -227,61 +212,51 @@ def make_feed(mesh, rows, batch=8, accumulation=1):
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_batch_holds_the_rows_of_its_step(mesh, accumulation):
   label = np.arange(7) % 3 == 0
-  rows = rows_of(label)
+  rows, batching = rows_of(label), feed.Batching(8, 5, context=64)
   mismatched = feed.MismatchedRows(
-    feed.make_mismatched(rows, feed.Batching(8, 5, context=64), 3),
-    np.float32(np.arange(24)),
+    feed.make_mismatched(rows, batching, 3), np.float32(np.arange(24))
   )
   rows = rows._replace(mismatched=mismatched)
   fed = make_feed(mesh, rows, accumulation=accumulation)
   for step in (2, 0):
     own = batches.rows_at(step, 7, 8, 5)
     b = flat.arrays_of(fed.batch_at(step))
-    shape = (accumulation, 8 // accumulation)
-    assert b["lr"] == 0.5 + step
+    assert b.pop("lr") == 0.5 + step
     assert fed.ids_at(step) == [f"r{i}" for i in own]
-    assert fed.tokens_at(step) == sum(
-      len(EXAMPLE[i][0] + EXAMPLE[i][1]) for i in own
-    )
+    assert fed.tokens_at(step) == sum(len(sum(EXAMPLE[i], [])) for i in own)
     for n, x in b.items():
-      if n != "lr":
-        assert x.shape[:2] == shape, n
-        assert x.sharding.spec[:2] == (None, "fsdp"), n
-    tokens, mask = (np.asarray(b[n]).reshape(8, -1) for n in ("tokens", "mask"))
+      assert x.shape[:2] == (accumulation, 8 // accumulation), n
+      assert x.sharding.spec[:2] == (None, "fsdp"), n
+    names = ("tokens", "mask", "kl_tokens", "kl_mask")
+    tokens, mask, kl, kl_mask = (np.asarray(b[n]).reshape(8, -1) for n in names)
     for k, i in enumerate(own):
       prompt, answer = EXAMPLE[i]
       whole = prompt + answer
       assert tokens[k, : len(whole)].tolist() == whole
-      assert np.flatnonzero(mask[k]).tolist() == list(
-        range(len(prompt), len(whole))
-      )
-    np.testing.assert_array_equal(np.ravel(b["ref_sum"]), -np.float32(own))
-    np.testing.assert_array_equal(np.ravel(b["label"]), label[own])
-    np.testing.assert_array_equal(
-      np.ravel(b["kl_ref_sum"]), np.arange(8) + 8 * step
-    )
-    kl = np.asarray(b["kl_tokens"]).reshape(8, -1)
-    for k in range(8):
-      wanted = row(mismatched.tokens, 8 * step + k)
+      on = list(range(len(prompt), len(whole)))
+      assert np.flatnonzero(mask[k]).tolist() == on
+    for n, wanted in (
+      ("ref_sum", -np.float32(own)),
+      ("label", label[own]),
+      ("kl_ref_sum", np.arange(8) + 8 * step),
+    ):
+      np.testing.assert_array_equal(np.ravel(b[n]), wanted)
+    for k, i in enumerate(range(8 * step, 8 * step + 8)):
+      wanted = row(mismatched.tokens, i)
       assert kl[k, : len(wanted)].tolist() == wanted
-      assert np.asarray(b["kl_mask"]).reshape(8, -1)[k].sum() == (
-        len(wanted) - mismatched.tokens.start[8 * step + k]
-      )
+      assert kl_mask[k].sum() == len(wanted) - mismatched.tokens.start[i]
 
 
 def test_mismatched_rows_longer_than_any_row_are_fed():
   """Prompt 1 (11 tokens) before answer 3 (12): no row has 23."""
-  mesh = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
+  mesh = make_mesh()
   rows = rows_of()
-  tokens = batches.mismatched(
-    rows.tokens, np.array([1, 3]), np.array([3, 1]), context=64
-  )
-  assert (
-    np.diff(tokens.offsets).max() > tokens_lib.row_lengths(rows.tokens).max()
-  )
-  rows = rows._replace(
-    mismatched=feed.MismatchedRows(tokens, np.zeros(2, np.float32))
-  )
+  prompts, answers = np.array([1, 3]), np.array([3, 1])
+  tokens = batches.mismatched(rows.tokens, prompts, answers, context=64)
+  longest = tokens_lib.row_lengths(rows.tokens).max()
+  assert tokens_lib.row_lengths(tokens).max() > longest
+  mismatched = feed.MismatchedRows(tokens, np.zeros(2, np.float32))
+  rows = rows._replace(mismatched=mismatched)
   kl = make_feed(mesh, rows, batch=2).batch_at(0).mismatched
   assert np.asarray(kl.tokens)[0, 0, 0, :23].tolist() == (
     EXAMPLE[1][0] + EXAMPLE[3][1]
@@ -298,7 +273,7 @@ def test_mismatched_rows_longer_than_any_row_are_fed():
   ],
 )
 def test_batches_that_cannot_be_cut(batch, accumulation, words):
-  mesh = sharding.make_mesh(dict(fsdp=4, tensor=2))
+  mesh = make_mesh(4, 2)
   with pytest.raises(ConfigError, match=words):
     feed.check_batch(batch, accumulation, mesh, "c.train")
   feed.check_batch(16, 4, mesh, "c.train")
@@ -306,24 +281,13 @@ def test_batches_that_cannot_be_cut(batch, accumulation, words):
 
 def test_the_cost_counts_what_was_seen():
   rows = rows_of()
-  m = decoder.ModelConfig(
-    layers=1,
-    width=4,
-    heads=1,
-    kv_heads=1,
-    head_size=4,
-    ff=4,
-    vocab=8,
-    context=64,
-  )
+  m = sized(1, 4, 1, 1, 4, 4, 8, 64)
   batching = feed.Batching(3, 5, context=64)
   kl = feed.make_mismatched(rows, batching, 5)
-  seen = collections.Counter(
-    np.concatenate([batches.rows_at(s, 7, 3, 5) for s in range(5)]).tolist()
-  )
+  seen = collections.Counter(rows_of_steps(range(5), 7, 3, 5).tolist())
   size = [len(p + r) for p, r in EXAMPLE]
   rows = rows._replace(mismatched=feed.MismatchedRows(kl, None))
-  total, tokens = feed.training_cost(m, rows, batching, 5)
+  total, tokens = training_cost(m, rows, batching, 5)
   other = np.diff(kl.offsets)
   assert tokens == sum(size[i] * k for i, k in seen.items()) + other.sum()
   assert total == (

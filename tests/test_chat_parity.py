@@ -1,6 +1,7 @@
 """Rows of chats, token for token as transformers has them: a table."""
 
 import importlib.util
+import itertools
 import json
 import pathlib
 import re
@@ -25,105 +26,84 @@ transformers = pytest.importorskip("transformers")
 FOLDER = pathlib.Path(trl.__file__).parent / "chat_templates"
 # Public families, their BOS and EOS, and how many of the dialogues below they
 # take: transformers fails on the others, too, or here they are LEFT_OUT.
+COHERE = ("<BOS_TOKEN>", "<|END_OF_TURN_TOKEN|>")
+DEEPSEEK = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>")
+LLAMA3 = ("<|begin_of_text|>", "<|eot_id|>")
+QWEN = (None, "<|im_end|>")
 FAMILIES = {
-  "cohere": ("<BOS_TOKEN>", "<|END_OF_TURN_TOKEN|>", 7),
-  "cohere2": ("<BOS_TOKEN>", "<|END_OF_TURN_TOKEN|>", 7),
-  "deepseek_r1_distill": (
-    "<｜begin▁of▁sentence｜>",
-    "<｜end▁of▁sentence｜>",
-    8,
-  ),
-  "deepseekv3": ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", 8),
+  **dict.fromkeys(["cohere", "cohere2"], (*COHERE, 7)),
+  **dict.fromkeys(["deepseek_r1_distill", "deepseekv3"], (*DEEPSEEK, 8)),
   "gemma": ("<bos>", "<eos>", 6),
   "gemma3": ("<bos>", "<eos>", 7),
-  "gemma4": ("<bos>", "<turn|>", 12),
-  "gemma4_v5": ("<bos>", "<turn|>", 12),
+  **dict.fromkeys(["gemma4", "gemma4_v5"], ("<bos>", "<turn|>", 12)),
   "glm4moe": (None, "<|endoftext|>", 14),
   "gptoss": ("<|startoftext|>", "<|return|>", 11),
   "lfm2": ("<|startoftext|>", "<|im_end|>", 9),
   "lfm2_2_5": ("<|startoftext|>", "<|im_end|>", 14),
-  "llama3": ("<|begin_of_text|>", "<|eot_id|>", 8),
-  "llama3_1": ("<|begin_of_text|>", "<|eot_id|>", 15),
-  "llama3_2": ("<|begin_of_text|>", "<|eot_id|>", 15),
+  "llama3": (*LLAMA3, 8),
+  **dict.fromkeys(["llama3_1", "llama3_2"], (*LLAMA3, 15)),
   "muse_glimmer": ("<|begin_of_text|>", "<|eot|>", 14),
-  "nemotron_3_nano": ("<s>", "<|im_end|>", 14),
-  "nemotron_3_super": ("<s>", "<|im_end|>", 14),
+  **dict.fromkeys(
+    ["nemotron_3_nano", "nemotron_3_super"], ("<s>", QWEN[1], 14)
+  ),
   "nemotron_3_5_lightning": ("<s>", "<|im_end|>", 14),
-  "phi3": ("<s>", "<|endoftext|>", 8),
-  "phi3_5": ("<s>", "<|endoftext|>", 8),
-  "qwen2_5": (None, "<|im_end|>", 15),
-  "qwen3": (None, "<|im_end|>", 15),
-  "qwen3_5_think": (None, "<|im_end|>", 14),
-  "qwen3_5_nothink": (None, "<|im_end|>", 14),
-  "qwen3_6": (None, "<|im_end|>", 14),
-  "qwen3_8": (None, "<|im_end|>", 14),
-  "qwen3_instruct_2507": (None, "<|im_end|>", 15),
+  **dict.fromkeys(["phi3", "phi3_5"], ("<s>", "<|endoftext|>", 8)),
+  **dict.fromkeys(["qwen2_5", "qwen3", "qwen3_instruct_2507"], (*QWEN, 15)),
+  **dict.fromkeys(["qwen3_5_think", "qwen3_5_nothink"], (*QWEN, 14)),
+  **dict.fromkeys(["qwen3_6", "qwen3_8"], (*QWEN, 14)),
 }
+CITY = dict(type="string", description="Name of the city.")
+ONE = dict(type="object", required=["city"], properties=dict(city=CITY))
 WEATHER = dict(
   type="function",
   function=dict(
-    name="get_weather",
-    description="The weather of a city.",
-    parameters=dict(
-      type="object",
-      required=["city"],
-      properties=dict(
-        city=dict(type="string", description="Name of the city.")
-      ),
-    ),
+    name="get_weather", description="The weather of a city.", parameters=ONE
   ),
 )
 
 
-def call(arguments):
-  return [
-    dict(
-      id="call00001",
-      type="function",
-      function=dict(name="get_weather", arguments=arguments),
-    )
-  ]
-
-
-def said(content, role="assistant", **more):
+def message(content, role="assistant", **more):
   return dict(role=role, content=content, **more)
 
 
-HI, MORE = said(" Hi there, 2+2?\n", "user"), said("And 3\n\nplus 3?", "user")
-CALL = said(None, tool_calls=call(dict(city="Oslo")))
-RESULT = said(
+def call(arguments):
+  function = dict(name="get_weather", arguments=arguments)
+  calls = [dict(id="call00001", type="function", function=function)]
+  return message(None, tool_calls=calls)
+
+
+HI = message(" Hi there, 2+2?\n", "user")
+MORE = message("And 3\n\nplus 3?", "user")
+CALL = call(dict(city="Oslo"))
+RESULT = message(
   '{"degrees": 3}', "tool", name="get_weather", tool_call_id="call00001"
 )
 THOUGHT = "<think>\nTwo and two\n\nis four.\n</think>\n\nIt is 4."
 # name -> (turns, two answers, tools)
 DIALOGUES = {
   "single": ([HI], ["Four.", "\n\n 5, I\tguess \n"], None),
-  "multi": ([HI, said("Four > 3 <b>"), MORE], ["Six.", "ü 七 👩‍💻"], None),
-  "system": ([said("Be short.", "system"), HI], ["4", "It is four"], None),
+  "multi": ([HI, message("Four > 3 <b>"), MORE], ["Six.", "ü 七 👩‍💻"], None),
+  "system": ([message("Be short.", "system"), HI], ["4", "It is four"], None),
   "thought": ([HI], [THOUGHT, "Five."], None),
   "two thoughts": ([HI], [THOUGHT, "<think>\n\n</think>\n\nFive."], None),
-  "an earlier thought": ([HI, said(THOUGHT), MORE], ["Six.", THOUGHT], None),
+  "an earlier thought": ([HI, message(THOUGHT), MORE], ["Six.", THOUGHT], None),
   "reasoning key": (
-    [HI, said("4", reasoning_content="Easy."), MORE],
-    [said("6", reasoning_content="Harder."), said("7", thinking="Hm")],
+    [HI, message("4", reasoning_content="Easy."), MORE],
+    [message("6", reasoning_content="Harder."), message("7", thinking="Hm")],
     None,
   ),
   "tools": ([HI], ["4", "5"], [WEATHER]),
   "call": ([HI], [CALL, "Five."], [WEATHER]),
-  "call as text": (
-    [HI],
-    [said(None, tool_calls=call('{"city": "Oslo"}')), "Five."],
-    [WEATHER],
-  ),
+  "call as text": ([HI], [call('{"city": "Oslo"}'), "Five."], [WEATHER]),
   "result": ([HI, CALL, RESULT], ["3 degrees.", "Warm."], [WEATHER]),
   "result without tools": ([HI, CALL, RESULT], ["3.", "Warm."], None),
   "thought, call and result": (
     [HI, dict(CALL, reasoning_content="Look."), RESULT],
-    [said("Cold", reasoning_content="3 is cold."), "Warm."],
+    [message("Cold", reasoning_content="3 is cold."), "Warm."],
     [WEATHER],
   ),
   "call again": (
-    [HI, CALL, RESULT, said("Cold."), MORE],
+    [HI, CALL, RESULT, message("Cold."), MORE],
     [CALL, "6"],
     [WEATHER],
   ),
@@ -163,45 +143,29 @@ def base():
 def family(folder, base, name, source, bos, eos, think_special=False):
   """The tokenizer of a template: every token that it writes is one."""
   fast = Fast.from_str(base)
-  texts = dict.fromkeys(
-    [t for t in (bos, eos) if t]
-    + ["<|endoftext|>"]
-    + TOKENS.findall(source)
-    + ["<think>", "</think>"]
-  )
-  for text in texts:
-    soft = re.fullmatch(r"</?[a-z_]+>", text) and text not in (
-      bos,
-      eos,
-      "<start_of_turn>",
-      "<end_of_turn>",
-    )
-    if soft and think_special and "think" in text:
-      soft = False
-    fast.add_tokens(
-      [
-        AddedToken(
-          text,
-          special=not soft,
-          normalized=False,
-          rstrip=name == "phi3" and text == "<|end|>",
-        )
-      ]
-    )
+  own = [t for t in (bos, eos) if t]
+  texts = [*own, "<|endoftext|>", *TOKENS.findall(source)]
+  for text in dict.fromkeys([*texts, "<think>", "</think>"]):
+    soft = re.fullmatch(r"</?[a-z_]+>", text) is not None
+    soft &= text not in (*own, "<start_of_turn>", "<end_of_turn>")
+    soft &= not (think_special and "think" in text)
+    rstrip = name == "phi3" and text == "<|end|>"
+    options = dict(special=not soft, normalized=False, rstrip=rstrip)
+    fast.add_tokens([AddedToken(text, **options)])
   folder.mkdir()
   fast.save(str(folder / "tokenizer.json"))
   (folder / "chat_template.jinja").write_text(source, encoding="utf-8")
-  (folder / "tokenizer_config.json").write_text(
-    json.dumps(
-      dict(
-        tokenizer_class="PreTrainedTokenizerFast",
-        eos_token=eos,
-        pad_token="<|endoftext|>",
-        **({"bos_token": bos} if bos else {}),
-      )
-    )
-  )
+  names = dict(eos_token=eos, pad_token="<|endoftext|>")
+  names |= {"bos_token": bos} if bos else {}
+  configure(folder, tokenizer_class="PreTrainedTokenizerFast", **names)
   return folder
+
+
+def configure(folder, **values):
+  """Sets values of tokenizer_config.json."""
+  path = folder / "tokenizer_config.json"
+  known = json.loads(path.read_text()) if path.exists() else {}
+  path.write_text(json.dumps(known | values))
 
 
 def theirs(peer, turns, **kwargs):
@@ -211,18 +175,19 @@ def theirs(peer, turns, **kwargs):
 def compare(one, peer, turns, answers, tools):
   """Whether both take a dialogue; then the tokens are the same."""
   tok = one.tok
-  messages = [[*turns, said(a) if isinstance(a, str) else a] for a in answers]
+  messages = [
+    [*turns, message(a) if isinstance(a, str) else a] for a in answers
+  ]
   try:
     wants = [theirs(peer, m, tools=tools) for m in messages]
     asks = theirs(peer, turns, tools=tools, add_generation_prompt=True)
   except Exception as error:
     with pytest.raises(Refused) as refused:
       one.encode(turns, answers, tools)
-    assert refused.value.reason in (
-      "template refused it",
-      "template failed",
-    ) or ("fails on them" in refused.value.detail)
-    assert str(error).split("\n")[0][:200] in refused.value.detail
+    why = refused.value
+    known = why.reason in ("template refused it", "template failed")
+    assert known or "fails on them" in why.detail
+    assert str(error).split("\n")[0][:200] in why.detail
     return False
   try:
     head, rest = one.encode(turns, answers, tools)
@@ -249,38 +214,26 @@ def test_families(tmp_path, base, renderer, name):
   special_tokens="tokens"; those that it parses are tokens in any case.
   """
   source = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
+  parses = "'</think>' in" in source
   for special in (False, True):
-    folder = family(
-      tmp_path / str(special), base, name, source, *FAMILIES[name][:2], special
-    )
+    *own, count = FAMILIES[name]
+    folder = family(tmp_path / str(special), base, name, source, *own, special)
     peer = transformers.AutoTokenizer.from_pretrained(folder)
-    ways = (
-      ["text"]
-      if not special
-      else ["tokens"] + ["text"] * ("'</think>' in" in source)
-    )
-    for way in ways:
+    # Special tokens in a text are read as text only where they are parsed.
+    for reads_tokens in {special, special and not parses}:
       one = Chat(
-        load_tokenizer(folder),
-        source,
-        renderer=renderer,
-        reads_tokens=way == "tokens",
+        load_tokenizer(folder), source, renderer, reads_tokens=reads_tokens
       )
       assert len(peer) == one.tok.vocab_size
       assert not {"<think>", "</think>"} & one._guarded
-      out = {
-        what: compare(one, peer, *dialogue)
-        for what, dialogue in DIALOGUES.items()
-      }
-      assert sum(taken is True for taken in out.values()) == FAMILIES[name][2]
+      pairs = DIALOGUES.items()
+      out = {what: compare(one, peer, *row) for what, row in pairs}
+      assert sum(taken is True for taken in out.values()) == count
       left = {what for what, taken in out.items() if isinstance(taken, str)}
-      assert left == (
-        {*LEFT_OUT[name]}
-        if name in LEFT_OUT
-        else left & TOOLS
-        if "tools" not in source
-        else set()
-      )
+      if name in LEFT_OUT:
+        assert left == {*LEFT_OUT[name]}
+      else:
+        assert left <= (set() if "tools" in source else TOOLS)
       assert {out[what] for what in left} <= {
         "tool calls are not supported",
         "template rewrites the prompt",
@@ -299,53 +252,38 @@ def test_markers_in_texts_are_text_or_tokens(tmp_path, base, renderer, name):
   source = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
   folder = family(tmp_path / "a", base, name, source, *FAMILIES[name][:2])
   peer = transformers.AutoTokenizer.from_pretrained(folder)
-  for way in ("text", "tokens"):
+  for reads_tokens in (False, True):
     one = Chat(
-      load_tokenizer(folder),
-      source,
-      renderer=renderer,
-      reads_tokens=way == "tokens",
+      load_tokenizer(folder), source, renderer, reads_tokens=reads_tokens
     )
     tok, seen = one.tok, 0
     markers = {tok.specials[t] for t in one._guarded if t}
-    plain, [end] = one.encode([HI, said("so"), MORE], ["fine"])
-    for text in sorted(one._guarded - {""}):
-      for form in SPELT:
-        spelt = form.format(text, text)
-        turns = [said(spelt, "user"), said(f"so {spelt}"), MORE]
-        if way == "tokens":
-          assert compare(one, peer, turns, [f"x {spelt}"], None) is not None
-          continue
-        try:
-          head, [ids] = one.encode(turns, [spelt])
-        except Refused as error:  # "content has <|message|> in it"
-          assert name == "gptoss" and error.reason == "template refused it"
-          with pytest.raises(Exception, match="content"):
-            theirs(peer, [*turns, said(spelt)])
-          continue
-        seen += 1
-        assert [i for i in head if i in markers] == [
-          i for i in plain if i in markers
-        ]
-        assert [i for i in ids if i in markers] == [
-          i for i in end if i in markers
-        ]
-        shown = tok.decode(head + ids)
-        assert shown.count(text) == 3 * form.count("{}")
-    assert way == "tokens" or seen > 10
+    marking = lambda ids: [i for i in ids if i in markers]
+    plain, [end] = one.encode([HI, message("so"), MORE], ["fine"])
+    for text, form in itertools.product(sorted(one._guarded - {""}), SPELT):
+      spelt = form.format(text, text)
+      turns = [message(spelt, "user"), message(f"so {spelt}"), MORE]
+      if reads_tokens:
+        assert compare(one, peer, turns, [f"x {spelt}"], None) is not None
+        continue
+      try:
+        head, [ids] = one.encode(turns, [spelt])
+      except Refused as error:  # "content has <|message|> in it"
+        assert name == "gptoss" and error.reason == "template refused it"
+        with pytest.raises(Exception, match="content"):
+          theirs(peer, [*turns, message(spelt)])
+        continue
+      seen += 1
+      assert marking(head) == marking(plain) and marking(ids) == marking(end)
+      assert tok.decode(head + ids).count(text) == 3 * form.count("{}")
+    assert reads_tokens or seen > 10
 
 
-def test_a_template_that_reads_parts_only(tmp_path, base, renderer):
+def test_a_template_that_reads_parts_only(tmp_path, base):
   """SmolVLM's writes nothing of a content that is a text."""
   source = (FOLDER / "smolvlm.jinja").read_text(encoding="utf-8")
-  folder = family(
-    tmp_path / "a",
-    base,
-    "smolvlm",
-    source,
-    "<|im_start|>",
-    "<end_of_utterance>",
-  )
+  ends = "<|im_start|>", "<end_of_utterance>"
+  folder = family(tmp_path / "a", base, "smolvlm", source, *ends)
   with pytest.raises(ConfigError, match="drops the answer.*parts"):
     Chat(load_tokenizer(folder), source)
 
@@ -367,36 +305,26 @@ def test_a_bos_that_is_a_turn_marker(tmp_path, shared, base, renderer):
   kind, size = struct.unpack_from("<IQ", data, at)
   assert kind == 8  # a string
   source = data[at + 12 : at + 12 + size].decode()
-  folder = family(
-    tmp_path / "a", base, "smollm2", source, "<|im_start|>", "<|im_end|>"
-  )
-  peer = transformers.AutoTokenizer.from_pretrained(folder)
-  one = Chat(load_tokenizer(folder), source, renderer=renderer)
-  assert one.tok.bos == peer.bos_token_id and not one.warnings
-  for turns, answers in dialogues(shared):
-    assert compare(one, peer, turns, answers, None) is True
   # BOS and EOS may even be one token; a template that writes it is obeyed.
-  for source, first in (
+  both, rows = "<|endoftext|>", list(dialogues(shared))
+  writes = (
+    "{% for m in messages %}<|endoftext|>{{ m.role }}: {{ m.content }}"
+    "<|endoftext|>{% endfor %}{% if add_generation_prompt %}<|endoftext|>"
+    "assistant: {% endif %}"
+  )
+  for i, (template, bos, eos, begins, some) in enumerate(
     (
-      "{% for m in messages %}<|endoftext|>{{ m.role }}: {{ m.content }}"
-      "<|endoftext|>{% endfor %}{% if add_generation_prompt %}<|endoftext|>"
-      "assistant: {% endif %}",
-      True,
-    ),
-    (source, False),
-  ):
-    folder = family(
-      tmp_path / f"b{first}",
-      base,
-      "smollm2",
-      source,
-      "<|endoftext|>",
-      "<|endoftext|>",
+      (source, "<|im_start|>", "<|im_end|>", True, rows),
+      (writes, both, both, True, rows[:20]),
+      (source, both, both, False, rows[:20]),
     )
+  ):
+    folder = family(tmp_path / f"{i}", base, "smollm2", template, bos, eos)
     peer = transformers.AutoTokenizer.from_pretrained(folder)
-    one = Chat(load_tokenizer(folder), source, renderer=renderer)
-    assert one.tok.bos == (peer.bos_token_id if first else -1)
-    for turns, answers in list(dialogues(shared))[:20]:
+    one = Chat(load_tokenizer(folder), template, renderer)
+    assert one.tok.bos == (peer.bos_token_id if begins else -1)
+    assert bos == both or not one.warnings
+    for turns, answers in some:
       assert compare(one, peer, turns, answers, None) is True
 
 
@@ -404,16 +332,12 @@ def test_a_bos_that_is_a_turn_marker(tmp_path, shared, base, renderer):
 def test_smollm2_itself(tmp_path, shared):
   """Its own vocabulary, on 300 real rows."""
   pytest.importorskip("gguf")
-  file = smollm2()
-  peer = transformers.AutoTokenizer.from_pretrained(
-    file.parent, gguf_file=file.name
-  )
-  peer.save_pretrained(tmp_path)
+  file, load_peer = smollm2(), transformers.AutoTokenizer.from_pretrained
+  load_peer(file.parent, gguf_file=file.name).save_pretrained(tmp_path)
   peer = transformers.AutoTokenizer.from_pretrained(tmp_path)
   tok = load_tokenizer(tmp_path)
-  rows = load(
-    str(shared / "data/llamafactory/dpo_en_demo.json"), limit=300
-  ).rows
+  path = shared / "data/llamafactory/dpo_en_demo.json"
+  rows = load(str(path), limit=300).rows
   assert len(rows) == 300
   with Chat(tok, tok.template) as one:
     for row in rows:
@@ -428,27 +352,16 @@ def test_smollm2_itself(tmp_path, shared):
 def test_sentencepiece_models(tmp_path, shared, renderer, model, template):
   """A tokenizer.model alone, against transformers' conversion of it."""
   shutil.copy(shared / model / "tokenizer.model", tmp_path)
-  (tmp_path / "tokenizer_config.json").write_text(
-    json.dumps(
-      dict(
-        tokenizer_class="LlamaTokenizer",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        chat_template=BUILT_IN[template],
-      )
-    )
-  )
+  names = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+  names |= dict(chat_template=BUILT_IN[template])
+  configure(tmp_path, tokenizer_class="LlamaTokenizer", **names)
   (tmp_path / "config.json").write_text('{"model_type": "llama"}')
   peer = transformers.AutoTokenizer.from_pretrained(tmp_path)
-  one = Chat(load_tokenizer(tmp_path), BUILT_IN[template], renderer=renderer)
+  one = Chat(load_tokenizer(tmp_path), BUILT_IN[template], renderer)
   assert one.tok.bos == (1 if template == "mistral" else -1)
-  taken = sum(
-    compare(one, peer, turns, answers, None) is True
-    for turns, answers in dialogues(shared)
-    if "  " not in f"{turns}{answers}"
-  )  # difference 4
-  assert taken > 20
+  rows = [row for row in dialogues(shared) if "  " not in f"{row}"]
+  taken = [compare(one, peer, *row, None) is True for row in rows]
+  assert sum(taken) > 20  # without difference 4
   assert compare(one, peer, [MORE], [THOUGHT, "Five."], None) is True
 
 
@@ -488,78 +401,49 @@ SNIPPETS = [
 def test_what_a_template_finds(tmp_path, base, renderer):
   """Filters, functions and values: those of transformers, one by one."""
   folder = family(tmp_path / "a", base, "any", "", "<s>", "</s>")
-  config = folder / "tokenizer_config.json"
-  config.write_text(
-    json.dumps(
-      json.loads(config.read_text())
-      | dict(cls_token="<think>", unk_token="</think>")
-    )
-  )
+  configure(folder, cls_token="<think>", unk_token="</think>")
   tok = load_tokenizer(folder)
   peer = transformers.AutoTokenizer.from_pretrained(folder)
-  turns = [
-    said("Hello", "user", name=None, x=[1, None]),
-    said("So", reasoning="Why"),
-    said("\u00e9", "user"),
-  ]
-  one = Chat(tok, BUILT_IN["zephyr"], renderer=renderer)
-  value, failed = {"b": ["<\u00e9>", 1.5], "a": None}, 0
+  turns = [message("Hello", "user", name=None, x=[1, None])]
+  turns += [message("So", reasoning="Why"), message("é", "user")]
+  one = Chat(tok, BUILT_IN["zephyr"], renderer)
+  *prompt, last = map(_message, turns)
+  value, failed = {"b": ["<é>", 1.5], "a": None}, 0
   for source in SNIPPETS:
     source = f"{{% set x = {value!r} %}}".replace("None", "none") + source
     one.source = one._tool_source = source
     for tools in (None, [WEATHER]):
+      options = dict(tools=tools, tokenize=False, chat_template=source)
       try:
-        want = peer.apply_chat_template(
-          turns, tools=tools, tokenize=False, chat_template=source
-        )
+        want = peer.apply_chat_template(turns, **options)
       except Exception as error:
         failed += 1
         words = "a reason" if "a reason" in str(error) else None
         with pytest.raises((Refused, ConfigError), match=words):
-          one._texts(
-            [_message(t) for t in turns[:2]], [_message(turns[2])], tools
-          )
+          one._texts(prompt, [last], tools)
       else:
-        assert (
-          one._texts(
-            [_message(t) for t in turns[:2]], [_message(turns[2])], tools
-          )[1]
-          == want
-        )
+        assert one._texts(prompt, [last], tools)[1] == want
   assert failed == 14
 
 
-def test_a_template_for_tools(tmp_path, base, renderer):
+@pytest.mark.parametrize("where", ["file", "list"])
+def test_a_template_for_tools(tmp_path, base, renderer, where):
   """Of several named templates transformers takes tool_use, given tools."""
-  named = dict(
-    default=BUILT_IN["chatml"],
-    tool_use=("{{ tools | tojson }}" + BUILT_IN["chatml"]),
-  )
-  folder = family(
-    tmp_path / "a", base, "any", BUILT_IN["chatml"], None, "<|im_end|>"
-  )
-  for where in ("file", "list"):
-    if where == "file":
-      (folder / "additional_chat_templates").mkdir()
-      (folder / "additional_chat_templates/tool_use.jinja").write_text(
-        named["tool_use"]
-      )
-    else:
-      shutil.rmtree(folder / "additional_chat_templates")
-      (folder / "chat_template.jinja").unlink()
-      config = folder / "tokenizer_config.json"
-      config.write_text(
-        json.dumps(
-          json.loads(config.read_text())
-          | dict(
-            chat_template=[dict(name=k, template=v) for k, v in named.items()]
-          )
-        )
-      )
-    peer = transformers.AutoTokenizer.from_pretrained(folder)
-    tok = load_tokenizer(folder)
-    one = Chat(tok, tok.template, renderer=renderer)
-    for tools in (None, [], [WEATHER]):
-      assert compare(one, peer, [HI], ["4", "5"], tools) is True
-    tok.save(tmp_path / where)
-    assert load_tokenizer(tmp_path / where).tool_template == named["tool_use"]
+  chatml, folder = BUILT_IN["chatml"], tmp_path / "a"
+  named = dict(default=chatml, tool_use="{{ tools | tojson }}" + chatml)
+  family(folder, base, "any", chatml, None, "<|im_end|>")
+  if where == "file":
+    (folder / "additional_chat_templates").mkdir()
+    file = folder / "additional_chat_templates/tool_use.jinja"
+    file.write_text(named["tool_use"])
+  else:
+    (folder / "chat_template.jinja").unlink()
+    several = [dict(name=name, template=text) for name, text in named.items()]
+    configure(folder, chat_template=several)
+  peer = transformers.AutoTokenizer.from_pretrained(folder)
+  tok = load_tokenizer(folder)
+  one = Chat(tok, tok.template, renderer)
+  for tools in (None, [], [WEATHER]):
+    assert compare(one, peer, [HI], ["4", "5"], tools) is True
+  tok.save(tmp_path / where)
+  assert load_tokenizer(tmp_path / where).tool_template == named["tool_use"]

@@ -25,6 +25,7 @@ from jaxalign.train import feed, online, optim, statistics
 from jaxalign.train import step as steps
 from jaxalign.train.logps import PRODUCERS
 from jaxalign.train.losses import LOSSES
+from jaxalign.train.training_cost import training_cost, useful_cost
 
 MODEL = sized(3, 16, 4, 2, 6, 40, 48, 32, attention="plain")
 BATCH, LENGTH = 4, 12
@@ -98,11 +99,11 @@ def with_mismatched(rows):
 
 
 def cost_of(m, rows, **more):
-  return feed.training_cost(m, rows, BATCHING, 1, **more)[0]
+  return training_cost(m, rows, BATCHING, 1, **more)[0]
 
 
 def useful_of(m, rows, **more):
-  return feed.useful_cost(m, rows, BATCHING, 0, **more)
+  return useful_cost(m, rows, BATCHING, 0, **more)
 
 
 def counted(mesh, m, batch, loss, head="plain", against=None):
@@ -198,8 +199,8 @@ def test_an_online_reference_adds_a_pass(alone, rank):
   stored = counted(alone, m, batch, "dpo")
   one = 2 * BATCH * ROW
   assert counted(alone, m, batch, "dpo", against=MODEL) == stored + one
-  cost, tokens = feed.training_cost(m, rows, BATCHING, 1)
-  with_reference = feed.training_cost(m, rows, BATCHING, 1, online=True)
+  cost, tokens = training_cost(m, rows, BATCHING, 1)
+  with_reference = training_cost(m, rows, BATCHING, 1, online=True)
   assert with_reference == (cost + one, tokens)
   more = useful_of(m, rows, online=True) - useful_of(m, rows)
   assert 3 * more == useful_of(MODEL, rows)

@@ -7,7 +7,6 @@ slopes against the float64 Llama of `oracle` and against the padded layout.
 import functools
 
 import flat
-from flat import rows_of
 import jax
 import jax.numpy as jnp
 from models import draw, make_mesh, put, sized
@@ -16,8 +15,9 @@ import oracle
 import pytest
 
 from jaxalign.core.errors import DataError
-from jaxalign.train import feed
-from jaxalign.train import packing as layout
+from jaxalign.data import tokens as tokens_lib
+from jaxalign.train import feed, packing
+from jaxalign.train import packed_shapes as shapes
 from jaxalign.train.logps import PRODUCERS
 from jaxalign.train.metrics import packing_metrics
 
@@ -26,6 +26,18 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 EOS = 2
 MODEL = sized(2, 16, 4, 2, 4, 24, 32, 64)
 SIZES = dict(kv_heads=2, rope_theta=10000.0, norm_eps=1e-5)
+
+
+def rows_of(pairs):
+  """[(prompt, answer, answer..)] of ids -> TokenRows, R rows a pair."""
+  ids = [np.array(p + a, np.int32) for p, *answers in pairs for a in answers]
+  start = [len(p) for p, *answers in pairs for _ in answers]
+  return tokens_lib.TokenRows(
+    np.concatenate(ids),
+    np.cumsum([0, *map(len, ids)]),
+    np.array(start, np.int32),
+    np.zeros(len(ids), np.int32),
+  )
 
 
 @functools.lru_cache
@@ -42,7 +54,8 @@ def examples(n=16, r=2, seed=0, longest=14):
   ]
 
 
-def ref_sums(pairs):
+def sums_of(pairs):
+  """[n, R] of a reference: a row is known by its first."""
   shape = len(pairs), len(pairs[0]) - 1
   return np.float32(np.random.default_rng(7).normal(-20, 4, shape))
 
@@ -50,22 +63,25 @@ def ref_sums(pairs):
 def feed_of(
   pairs, *, seed=3, batch=16, mesh=None, accumulation=1, layout="packed"
 ):
-  rows = flat.train_rows(rows_of(pairs), len(pairs[0]) - 1, ref_sums(pairs))
+  rows = flat.train_rows(rows_of(pairs), len(pairs[0]) - 1, sums_of(pairs))
   batching = feed.Batching(batch, seed, accumulation, 64, layout)
   return feed.Feed(mesh, rows, batching, lambda step: 1e-3)
 
 
+# The packing, on lists.
+
+
 def test_rows_are_dealt_evenly_and_all_of_them():
   sizes = np.array([9, 1, 1, 8, 2, 7, 3, 3])
-  bins = layout.deal(sizes, 4)
+  bins = packing.deal(sizes, 4)
   assert bins.shape == (4, 2)
   assert sorted(bins.ravel()) == list(range(8))
   assert sizes[bins].sum(1).tolist() == [10, 9, 9, 6]  # by hand: 9+1 8+1 7+2
-  np.testing.assert_array_equal(layout.deal(np.ones(6), 1)[0], np.arange(6))
+  np.testing.assert_array_equal(packing.deal(np.ones(6), 1)[0], np.arange(6))
 
 
 def test_first_fit_by_hand():
-  rows = layout.first_fit(np.array([3, 10, 6, 4, 1]), 10)
+  rows = shapes.first_fit(np.array([3, 10, 6, 4, 1]), 10)
   assert rows == [[1], [2, 3], [0, 4]]
 
 
@@ -75,31 +91,41 @@ def test_every_token_is_where_it_should_be(r):
   rows, index = rows_of(pairs), np.arange(6 * r).reshape(6, r)
   starts = np.array([len(p) for p, *_ in pairs])
   answers = np.array([[len(a) for a in more] for _, *more in pairs])
-  need = layout.need(starts, answers, 32)
-  more = dict(tokens=64, targets=16, rows=1, tiles=3)
-  shape = need._replace(**{n: getattr(need, n) + k for n, k in more.items()})
+  need = shapes.needed_shape(starts, answers, 32)
+  shape = need._replace(
+    tokens=need.tokens + 64,
+    targets=need.targets + 16,
+    rows=need.rows + 1,
+    tiles=need.tiles + 3,
+  )
   least = np.repeat(answers.min(1)[:, None], r, 1)
-  x = layout.pack(shape, rows, index, least)
-  ids = [t for p, *more in pairs for part in (p, *more) for t in part]
-  assert x.tokens[: len(ids)].tolist() == ids
-  positions = []
-  for p, *more in pairs:
-    positions += range(len(p))
-    positions += [len(p) + j for a in more for j in range(len(a))]
-  assert x.position[: len(ids)].tolist() == positions
+  x = packing.pack(shape, rows, index, least)
+  flat = [t for p, *more in pairs for part in (p, *more) for t in part]
+  assert x.tokens[: len(flat)].tolist() == flat
+  positions = [
+    i
+    for p, *more in pairs
+    for i in (
+      *range(len(p)),
+      *(len(p) + j for a in more for j in range(len(a))),
+    )
+  ]
+  assert x.position[: len(flat)].tolist() == positions
   # Every response is predicted token by token, from the token before it.
   owned = {}
-  for s, t, o, common in zip(x.source, x.target, x.owner, x.in_prefix):
+  for s, t, o, prefix in zip(x.source, x.target, x.owner, x.in_prefix):
     if o >= 0:
-      owned.setdefault(int(o), []).append((int(s), int(t), bool(common)))
+      owned.setdefault(int(o), []).append((int(s), int(t), bool(prefix)))
   at = 0
   for k, (p, *more) in enumerate(pairs):
     last, at = at + len(p) - 1, at + len(p)
     for side, a in enumerate(more):
       mine = owned.pop(k * r + side)
-      shortest, n = min(map(len, more)), len(a)
-      sources, prefix = [last, *range(at, at + n - 1)], [*range(n)]
-      assert mine == list(zip(sources, a, [j < shortest for j in prefix]))
+      assert [t for _, t, _ in mine] == a
+      assert [s for s, _, _ in mine] == [last, *range(at, at + len(a) - 1)]
+      assert [q for _, _, q in mine] == [
+        j < min(map(len, more)) for j in range(len(a))
+      ]
       at += len(a)
   assert not owned
   # Every sequence stands whole in an attention row, in a segment of its own.
@@ -121,46 +147,44 @@ def test_every_token_is_where_it_should_be(r):
   assert sorted(named) == np.flatnonzero(x.copies.segment.reshape(-1)).tolist()
   uses = sorted([*x.first[x.first >= 0], *x.second[x.second >= 0]])
   assert uses == list(range(answers.sum()))
-  found, n = packing_metrics(jax.tree.map(jnp.asarray, x)), len(x.tokens)
-  assert found["perf/padding"].tolist() == [n - len(ids), n]
+  share = packing_metrics(jax.tree.map(jnp.asarray, x))
+  assert share["perf/padding"].tolist() == [
+    len(x.tokens) - len(flat),
+    len(x.tokens),
+  ]
   shared = starts.sum() * (r - 1)
-  assert found["perf/shared"].tolist() == [shared, len(ids) + shared]
+  assert share["perf/shared"].tolist() == [shared, len(flat) + shared]
 
 
-@pytest.mark.parametrize(
-  "prompts,answers,ids",
-  [
-    ([[5, 6], [5, 9]], [[7], [8, 8]], ["b"]),
-    ([[5, 6], [5]], [[7], [6, 8]], []),
-  ],
-)
-def test_prompts_that_differ_are_refused(prompts, answers, ids):
-  shape, rows = layout.Shape(64, 16, 1, 16, 1), rows_of(zip(prompts, answers))
-  words = f"row {ids[0] if ids else 0}: its responses have different prompts"
-  with pytest.raises(DataError, match=f"{words}.*config.train.layout='padded'"):
-    args = [ids] if ids else []
-    layout.pack(shape, rows, np.array([[0, 1]]), np.ones((1, 2)), *args)
+def test_prompts_that_differ_are_refused():
+  shape, pair = shapes.Shape(64, 16, 1, 16, 1), np.array([[0, 1]])
+  words = "its responses have different prompts.*config.train.layout='padded'"
+  for other, ids in ((([5, 9], [8, 8]), ["b"]), (([5], [6, 8]), None)):
+    rows = rows_of([([5, 6], [7]), other])
+    with pytest.raises(DataError, match=f"row {ids[0] if ids else 0}: {words}"):
+      packing.pack(shape, rows, pair, np.ones((1, 2)), ids)
 
 
 def test_shapes_are_few_and_hold_everything():
   rng = np.random.default_rng(0)
-  sizes = 16 * rng.integers(1, 9, (40, 3))
-  needs = [layout.Shape(*size, 64, 16) for size in sizes]
+  needs = [
+    shapes.Shape(*(16 * rng.integers(1, 9, 3)), 64, 16) for _ in range(40)
+  ]
   price = {}
   for most in (1, 2, 4, 40):
-    shapes = layout.choose(needs, most)
-    assert len(shapes) <= most
-    assert shapes == sorted(shapes, key=layout.cost)
-    first = [next(s for s in shapes if layout.holds(s, n)) for n in needs]
-    price[most] = sum(map(layout.cost, first))
+    found = shapes.choose_shapes(needs, most)
+    assert len(found) <= most
+    assert found == sorted(found, key=shapes.shape_cost)
+    first = [next(s for s in found if shapes.shape_holds(s, n)) for n in needs]
+    price[most] = sum(map(shapes.shape_cost, first))
   assert price[1] > price[2] > price[4] > price[40]
-  assert layout.choose(needs, 1) == [layout.largest(needs)]
-  assert price[40] == pytest.approx(sum(map(layout.cost, needs)))
-  small = layout.Shape(16, 16, 1, 64, 9)
-  assert not layout.holds(small, small._replace(rows=2))
+  assert shapes.choose_shapes(needs, 1) == [shapes.common_shape(needs)]
+  assert price[40] == pytest.approx(sum(map(shapes.shape_cost, needs)))
+  small = shapes.Shape(16, 16, 1, 64, 9)
+  assert not shapes.shape_holds(small, small._replace(rows=2))
   for n in needs:
-    assert layout.holds(layout.larger(n), n)
-  assert len({layout.larger(n).tokens for n in needs}) <= 8
+    assert shapes.shape_holds(shapes.larger_shape(n), n)
+  assert len({shapes.larger_shape(n).tokens for n in needs}) <= 8
 
 
 # Values and slopes.
@@ -188,13 +212,14 @@ def run_fn(m, head, chunk, r):
 
 
 def run(mesh, kind, *, m=MODEL, head="chunked", pairs=None, accumulation=1):
-  """[n, R, 3] sum, count, common prefix; and the slopes, of a whole batch."""
+  """[n, R, 3] sum, count, common prefix, and the slopes, of a whole batch."""
   pairs = pairs or examples()
-  how = dict(mesh=mesh, layout=kind, accumulation=accumulation)
-  batch = feed_of(pairs, **how).batch_at(0)
+  batch = feed_of(
+    pairs, mesh=mesh, layout=kind, accumulation=accumulation
+  ).batch_at(0)
   with jax.set_mesh(mesh):
     where, found, slopes = on_mesh(mesh, m), {}, None
-    names = {float(x): i for i, x in enumerate(ref_sums(pairs)[:, 0])}
+    names = {float(x): i for i, x in enumerate(sums_of(pairs)[:, 0])}
     for a in range(accumulation):
       micro = jax.tree.map(lambda x: x[a], batch.micro())
       weight = jnp.cos(micro.ref.sum)  # goes with the pair, wherever it is
@@ -202,12 +227,15 @@ def run(mesh, kind, *, m=MODEL, head="chunked", pairs=None, accumulation=1):
         where, micro.tokens, micro.mask, weight
       )
       slopes = g if slopes is None else jax.tree.map(jnp.add, slopes, g)
-      each = np.stack([out.sum, out.count, out.common_prefix], -1)
-      for key, row in zip(np.asarray(micro.ref.sum)[:, 0], each):
-        found[names[float(key)]] = row
+      for key, *row in zip(
+        np.asarray(micro.ref.sum)[:, 0],
+        *map(np.asarray, (out.sum, out.count, out.common_prefix)),
+      ):
+        found[names[float(key)]] = np.stack(row, -1)
     assert len(found) == len(pairs)
-    values = np.stack([found[i] for i in range(len(pairs))])
-    return values, jax.device_get(slopes)
+    return np.stack([found[i] for i in range(len(pairs))]), jax.device_get(
+      slopes
+    )
 
 
 def wanted(pairs):

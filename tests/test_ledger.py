@@ -17,6 +17,7 @@ from jaxalign.model import decoder
 from jaxalign.model.flops import decoder_flops
 from jaxalign.study import ledger
 from jaxalign.train import feed
+from jaxalign.train.training_cost import training_cost
 
 
 def record(stage, cost, skipped=False):
@@ -202,7 +203,7 @@ def test_a_training_run_is_three_forward_passes():
       list("abc")[: len(row_of)], rows_of(lengths), row_of, *sums
     )
 
-  cost, batching = feed.training_cost, feed.Batching(3, 0)
+  cost, batching = training_cost, feed.Batching(3, 0)
   # Three rows of one response, of 3, 5 and 7 tokens, each seen twice.
   rows = train_rows([3, 5, 7], [[0], [1], [2]])
   with_other = lambda sizes: rows._replace(

@@ -25,6 +25,7 @@ from jaxalign.train import step as steps
 from jaxalign.train.logps import PRODUCERS
 from jaxalign.train.losses import LOSSES
 from jaxalign.train.metrics import divide
+from jaxalign.train.training_cost import useful_cost
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -279,7 +280,7 @@ def test_useful_flops_by_hand():
   rows = flat.train_rows(
     rows_of([([7] * 3, [8] * 2, [9] * 4), ([7] * 5, [8], [9] * 6)]), 2
   )
-  found = feed.useful_cost(MODEL, rows, feed.Batching(2, 0), 0)
+  found = useful_cost(MODEL, rows, feed.Batching(2, 0), 0)
   assert found == 3 * brute(MODEL, [3, 5], [[2, 4], [1, 6]])
 
 

@@ -1,4 +1,4 @@
-"""A killed run goes on bit for bit; NaN and damage are named, never kept."""
+"""A killed run is resumed bit for bit; NaN and damage are named, never kept."""
 
 import functools
 import json
@@ -9,6 +9,8 @@ import types
 
 import flat
 import jax
+import jobs
+from models import draw, make_mesh, put, sized
 import numpy as np
 import pytest
 
@@ -21,16 +23,7 @@ from jaxalign.train import step as steps
 from jaxalign.train.logps import PRODUCERS
 from jaxalign.train.losses import find, LOSSES
 
-MODEL = decoder.ModelConfig(
-  layers=1,
-  width=8,
-  heads=2,
-  kv_heads=2,
-  head_size=4,
-  ff=8,
-  vocab=16,
-  context=12,
-)
+MODEL = sized(1, 8, 2, 2, 4, 8, 16, 12)
 UPDATES, SAVE_EVERY = 6, 2
 RATES = ("tokens_per_s", "distinct_tokens_per_s", "rows_per_s")
 TIMES = ("time", *(f"perf/{n}" for n in RATES))
@@ -53,51 +46,56 @@ def rows():
     np.array([len(i) - 2 for i in ids], np.int32),
     np.zeros(22, np.int32),
   )
-  return feed.TrainRows(
-    [f"row-{i:02d}" for i in range(11)],
-    tokens,
-    np.arange(22).reshape(11, 2),
-    np.float32(rng.normal(-6, 1, (11, 2))),
-    np.full((11, 2), 2, np.float32),
-  )
+  sums = np.float32(rng.normal(-6, 1, (11, 2)))
+  return flat.train_rows(tokens, 2, sums, 2.0)
 
 
 @functools.lru_cache
-def train_step():
+def train_step(name="dpo+0.2*sft"):
   tx = optim.make_optimizer(clip=1.0, weight_decay=0.0, b2=0.98)
-  return steps.make_train_step(
-    PRODUCERS["chunked"](MODEL, 5), find("dpo+0.2*sft"), tx
-  ), tx
+  logps_fn = PRODUCERS["chunked"](MODEL, 5)
+  return steps.make_train_step(logps_fn, find(name), tx), tx
 
 
 def fresh(mesh):
-  rng = np.random.default_rng(5)
-  return steps.init_state(
-    {
-      n: sharding.put(
-        mesh,
-        np.float32(rng.normal(1.0 if p.scale == 0 else 0.0, 0.3, p.shape)),
-        *p.axes,
-      )
-      for n, p in decoder.table(MODEL).items()
-    },
-    train_step()[1],
-  )
+  return steps.init_state(put(mesh, MODEL, draw(MODEL, 5)), train_step()[1])
 
 
-def run(mesh, folder, at=None, asked=None, **changes):
-  """`loop.fit`; `at(step)` is called before a batch is made."""
+def run(mesh, folder, at=None, seen=None, **changes):
+  """`loop.run_updates`; `at(step)` is called before a batch is made."""
   fed = feed_of(mesh)
   batch_at = fed.batch_at
 
   def watched(step):
-    if asked is not None:
-      asked.append(step)
+    if seen is not None:
+      seen.append(step)
     return (at and at(step, batch_at)) or batch_at(step)
 
   fed.batch_at = watched
-  options = options_of(folder)._replace(**changes)
-  return loop.fit(fresh(mesh), train_step()[0], fed, options)
+  options = options_of(folder, **changes)
+  return loop.run_updates(fresh(mesh), train_step()[0], fed, options)
+
+
+def kill(k):
+  """`at` of a run that is killed before the batch of step k."""
+
+  def at(step, _):
+    if step == k:
+      raise Killed
+
+  return at
+
+
+def killed(mesh, folder, k, **changes):
+  with pytest.raises(Killed):
+    run(mesh, folder, kill(k), **changes)
+
+
+def resumed(mesh, folder, whole, steps):
+  """Runs on to the end of `whole`, bit for bit, by these steps."""
+  seen = []
+  same(run(mesh, folder, seen=seen), folder, whole)
+  assert seen == list(steps)
 
 
 def options_of(folder, **changes):
@@ -122,9 +120,7 @@ def reference_of(batch, change):
 
 def log_of(folder):
   """The log's lines without their times, and that the times are there."""
-  lines = [
-    json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()
-  ]
+  lines = jobs.lines(folder / "metrics.jsonl")
   for line in lines:
     assert all(line.pop(t) >= 0 for t in TIMES)
   return lines
@@ -138,7 +134,7 @@ def saved(folder):
 
 @pytest.fixture
 def whole(mesh, once_a_mesh):
-  """An uninterrupted run on this mesh: (state, log)."""
+  """An uninterrupted run on this mesh: (state, log, folder)."""
 
   def make(folder):
     state = jax.device_get(run(mesh, folder))
@@ -156,13 +152,6 @@ def same(state, folder, whole):
   ):
     np.testing.assert_array_equal(a, b)
   assert log_of(folder) == whole[1]
-
-
-@pytest.fixture
-def alone():
-  m = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
-  with jax.set_mesh(m):
-    yield m
 
 
 @pytest.fixture
@@ -189,29 +178,18 @@ def test_the_log_of_a_whole_run(whole):
 
 
 def test_a_finished_run_does_nothing(golden, alone):
-  asked = []
-  same(run(alone, golden[2], asked=asked), golden[2], golden)
-  assert asked == []
+  resumed(alone, golden[2], golden, [])
 
 
 # Killed.
 
 
 @pytest.mark.parametrize(
-  "k,goes_on_at",
-  [(0, 0), (3, 2), (4, 4)],
-  ids=["first", "middle", "after-a-save"],
+  "k,first", [(0, 0), (3, 2), (4, 4)], ids=["first", "middle", "after-a-save"]
 )
-def test_a_killed_run_goes_on_bit_for_bit(mesh, whole, tmp_path, k, goes_on_at):
-  def at(step, _):
-    if step == k:
-      raise Killed
-
-  with pytest.raises(Killed):
-    run(mesh, tmp_path, at)
-  asked = []
-  same(run(mesh, tmp_path, asked=asked), tmp_path, whole)
-  assert asked == list(range(goes_on_at, UPDATES))
+def test_a_killed_run_is_resumed_bit_for_bit(mesh, whole, tmp_path, k, first):
+  killed(mesh, tmp_path, k)
+  resumed(mesh, tmp_path, whole, range(first, UPDATES))
 
 
 @pytest.mark.parametrize("where", ["log", "torn", "arrays", "manifest"])
@@ -242,36 +220,25 @@ def test_killed_inside_a_save(golden, alone, tmp_path, monkeypatch, where):
   with monkeypatch.context() as patch:
     write_log = torn if where == "torn" else dying("log", real)
     patch.setattr(log.Log, "write", write_log)
-    digests = dying("manifest", disk.write_bytes)
+    plain = disk.write_bytes
+    digests = dying("manifest", plain)
 
     def write(path, data):
       in_log = str(path).endswith("metrics.jsonl")
-      return (artifacts_write if in_log else digests)(path, data)
+      return (plain if in_log else digests)(path, data)
 
-    artifacts_write = disk.write_bytes
     patch.setattr(disk, "write_bytes", write)
-    patch.setattr(
-      checkpoints.Checkpoints,
-      "save",
-      dying("arrays", checkpoints.Checkpoints.save),
-    )
+    save = dying("arrays", checkpoints.Checkpoints.save)
+    patch.setattr(checkpoints.Checkpoints, "save", save)
     with pytest.raises(Killed):
       run(alone, tmp_path)
-  asked = []
-  same(run(alone, tmp_path, asked=asked), tmp_path, golden)
-  assert asked == [2, 3, 4, 5]
+  resumed(alone, tmp_path, golden, [2, 3, 4, 5])
 
 
 def test_killed_again_and_again(golden, alone, tmp_path):
   for k in (1, 3, 5):
-
-    def at(step, _, k=k):
-      if step == k:
-        raise Killed
-
-    with pytest.raises(Killed):
-      run(alone, tmp_path, at)
-  same(run(alone, tmp_path), tmp_path, golden)
+    killed(alone, tmp_path, k)
+  resumed(alone, tmp_path, golden, [4, 5])
 
 
 @pytest.mark.parametrize(
@@ -295,9 +262,7 @@ def test_a_signal_saves_first(golden, alone, tmp_path, number, error):
       signal.signal(s, handler)
   assert saved(tmp_path) == [2, 3]  # the step in flight was finished
   assert [x["step"] for x in log_of(tmp_path)] == [0, 1, 2]
-  asked = []
-  same(run(alone, tmp_path, asked=asked), tmp_path, golden)
-  assert asked == [3, 4, 5]
+  resumed(alone, tmp_path, golden, [3, 4, 5])
 
 
 def test_how_often_it_saves_changes_nothing(golden, alone, tmp_path):
@@ -352,9 +317,7 @@ def test_writing_is_in_no_update_s_time(alone, tmp_path, monkeypatch):
   monkeypatch.setattr(checkpoints.Checkpoints, "save", slow)
   distinct = feed_of(alone).distinct_at
   run(alone, tmp_path, at, save_every=3)
-  lines = [
-    json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()
-  ]
+  lines = jobs.lines(tmp_path / "metrics.jsonl")
   # The metrics of a saved step are read at once: no second later.
   seconds = [2, 1, 0, 2, 1, 0]
   assert [round(4 / x["perf/rows_per_s"]) for x in lines] == seconds
@@ -374,8 +337,7 @@ def test_a_prompt_is_counted_once_or_with_each_answer():
     np.zeros(4, np.int32),
   )
   pairs = flat.train_rows(tokens, 2)
-  one = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
-  fed = feed.Feed(one, pairs, feed.Batching(2, 0, context=12))
+  fed = feed.Feed(make_mesh(), pairs, feed.Batching(2, 0, context=12))
   assert (fed.distinct_at(0), fed.tokens_at(0)) == (3 + 5 + 5 + 4, 25)
 
 
@@ -383,16 +345,10 @@ def test_a_prompt_is_counted_once_or_with_each_answer():
 
 
 def test_a_profile_is_begun_and_ended_wherever_a_run_is(alone, tmp_path):
-  """Killed within the window, gone on from within it, and ended before its
-  end: jax has one profile at a time, so one left open is an error."""
-
-  def at(step, _):
-    if step == 5:
-      raise Killed
-
+  """Killed within the window, resumed within it, and ended before its end: jax
+  has one profile at a time, so one left open is an error."""
   traces = lambda: len(list((tmp_path / "profile").rglob("*.xplane.pb")))
-  with pytest.raises(Killed):
-    run(alone, tmp_path, at, trace=(2, 6))
+  killed(alone, tmp_path, 5, trace=(2, 6))
   assert traces() == 1
   shutil.rmtree(tmp_path / "profile")
   assert run(alone, tmp_path, trace=(2, 100)).step == UPDATES  # from 4
@@ -449,7 +405,7 @@ def test_an_infinite_gradient_stops_a_finite_loss(alone, tmp_path):
 
   options = options_of(tmp_path, updates=2, save_every=1)
   with pytest.raises(NumericError, match="gradient norm inf at step 0"):
-    loop.fit(fresh(alone), broken, feed_of(alone), options)
+    loop.run_updates(fresh(alone), broken, feed_of(alone), options)
   assert saved(tmp_path) == []
 
 
@@ -457,12 +413,7 @@ def test_an_infinite_gradient_stops_a_finite_loss(alone, tmp_path):
 
 
 def stop_at_5(alone, folder):
-  def at(step, _):
-    if step == 5:
-      raise Killed
-
-  with pytest.raises(Killed):
-    run(alone, folder, at)
+  killed(alone, folder, 5)
   assert saved(folder) == [2, 4]
 
 
@@ -484,12 +435,10 @@ def test_one_flipped_bit_falls_back_a_save(golden, alone, tmp_path, capsys):
   stop_at_5(alone, tmp_path)
   flip(max(files_of(tmp_path, 4), key=lambda p: p.stat().st_size))
   capsys.readouterr()
-  asked = []
-  same(run(alone, tmp_path, asked=asked), tmp_path, golden)
-  said = capsys.readouterr().out
-  assert "checkpoint 4 in" in said and "damaged" in said
-  assert "align: resumed from step 2" in said
-  assert asked == [2, 3, 4, 5]
+  resumed(alone, tmp_path, golden, [2, 3, 4, 5])
+  out = capsys.readouterr().out
+  assert "checkpoint 4 in" in out and "damaged" in out
+  assert "align: resumed from step 2" in out
 
 
 def test_a_flip_anywhere_is_seen(alone, tmp_path):
@@ -516,16 +465,14 @@ def test_nothing_whole_starts_anew(golden, alone, tmp_path):
   stop_at_5(alone, tmp_path)
   for step in (2, 4):
     flip(files_of(tmp_path, step)[0])
-  asked = []
-  same(run(alone, tmp_path, asked=asked), tmp_path, golden)
-  assert asked == list(range(UPDATES))
+  resumed(alone, tmp_path, golden, range(UPDATES))
 
 
 def test_a_torn_log_line_is_dropped(golden, alone, tmp_path):
   stop_at_5(alone, tmp_path)
   path = tmp_path / "metrics.jsonl"
   path.write_text(path.read_text() + '{"step": 4, "tr')
-  same(run(alone, tmp_path), tmp_path, golden)
+  resumed(alone, tmp_path, golden, [4, 5])
 
 
 def test_parameters_alone_are_restored_on_another_mesh(golden):
@@ -543,14 +490,6 @@ def test_parameters_alone_are_restored_on_another_mesh(golden):
 # A loss with a running mean.
 
 
-@functools.lru_cache
-def bco_step():
-  tx = optim.make_optimizer(clip=1.0, weight_decay=0.0, b2=0.98)
-  return steps.make_train_step(
-    PRODUCERS["chunked"](MODEL, 5), LOSSES["bco"], tx
-  ), tx
-
-
 def bco_run(mesh, folder, killed_at=None):
   """`run` on the same tokens as unpaired."""
   one = rows()
@@ -562,17 +501,11 @@ def bco_run(mesh, folder, killed_at=None):
     label=np.arange(22) % 3 == 0,
   )
   fed = feed_of(mesh, unpaired, accumulation=2)
-  batch_at = fed.batch_at
-
-  def at(step):
-    if step == killed_at:
-      raise Killed
-    return batch_at(step)
-
-  fed.batch_at = at
-  train_step, tx = bco_step()
+  batch_at, at = fed.batch_at, kill(killed_at)
+  fed.batch_at = lambda step: at(step, None) or batch_at(step)
+  step, tx = train_step("bco")
   state = steps.init_state(fresh(mesh).params, tx, LOSSES["bco"])
-  return loop.fit(state, train_step, fed, options_of(folder))
+  return loop.run_updates(state, step, fed, options_of(folder))
 
 
 def test_a_killed_run_keeps_its_running_mean(alone, tmp_path):

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import oracle
 import pytest
-from test_losses import Example, ORACLES, START
+from test_losses import columns_of, Example, FIRST, ORACLES
 from test_losses_batch import AOT
 from test_step import (
   cut,
@@ -69,16 +69,16 @@ def table_params():
 
 
 def sums_of(model, tokens, mask):
-  """float64 sums and public sums [rows, R] of the policy at the start."""
-  total, public = np.zeros((2, *tokens.shape[:2]))
+  """float64 sums [rows, R] of the first policy, and of common prefixes."""
+  total, prefix = np.zeros((2, *tokens.shape[:2]))
   shortest = mask.sum(-1).min(1)
   for i in np.ndindex(total.shape):
     if model == "decoder":
       each = oracle.token_logps(real_params(), tokens[i], **SIZES)[mask[i]]
     else:
       each = -np.logaddexp(0, np.float64(table_params())[tokens[i]])[mask[i]]
-    total[i], public[i] = each.sum(), each[: shortest[i[0]]].sum()
-  return total, public
+    total[i], prefix[i] = each.sum(), each[: shortest[i[0]]].sum()
+  return total, prefix
 
 
 @functools.lru_cache
@@ -86,9 +86,9 @@ def data(model, columns, noise):
   """(batch, Example) of 16 rows whose reference is so noisy a policy."""
   rng = np.random.default_rng(columns)
   tokens, mask = rows_of(ROWS, columns, 8)
-  policy, public = sums_of(model, tokens, mask)
+  policy, prefix = sums_of(model, tokens, mask)
   ref = np.float32(policy + rng.normal(0, noise, policy.shape))
-  ref_public = np.float32(public + rng.normal(0, noise, policy.shape))
+  ref_prefix = np.float32(prefix + rng.normal(0, noise, policy.shape))
   label = rng.random(ROWS) < 0.4
   weights = np.float32(rng.uniform(0.5, 10.0, ROWS))
   kl_tokens, kl_mask = rows_of(ROWS, 1, 9)
@@ -98,7 +98,7 @@ def data(model, columns, noise):
     tokens=tokens,
     mask=mask,
     ref_sum=ref,
-    ref_common_prefix=ref_public,
+    ref_common_prefix=ref_prefix,
     ref_count=np.float32(mask.sum(-1)),
     label=label,
     weights=weights,
@@ -110,8 +110,8 @@ def data(model, columns, noise):
     policy,
     np.float64(ref),
     np.float64(mask.sum(-1)),
-    public,
-    np.float64(ref_public),
+    prefix,
+    np.float64(ref_prefix),
     label,
     np.float64(weights),
     z0=max(0.0, (kl - kl_ref).mean()),
@@ -140,17 +140,13 @@ def step_of(model, name):
   return fn, step.make_train_step(logps_fn, fn, tx), tx
 
 
-def columns_of(fn):
-  return 1 if fn.kind == "unpaired" else 2
-
-
 @functools.lru_cache
 def run(model, name, shape, accumulation, noise, count):
   """[metrics of each step], (g2 + 0.9 g1, parameters, delta); on the host."""
   fn, train_step, tx = step_of(model, name)
   mesh = make_mesh(*shape)
   with jax.set_mesh(mesh):
-    rows = own(fn, data(model, columns_of(fn), noise)[0])
+    rows = own(fn, data(model, columns_of(name), noise)[0])
     batch = cut(mesh, rows, accumulation, RATE)
     state, seen = step.init_state(parameters(model, mesh), tx, fn), []
     for _ in range(count):
@@ -221,14 +217,14 @@ EACH = [
 
 
 @pytest.mark.parametrize("model,name", EACH)
-def test_the_start_is_the_analytic_value(model, name):
+def test_the_first_value_is_the_analytic_one(model, name):
   """Policy and reference alike, but for float32's last digits."""
   (totals,), _ = run(model, name, (1, 1), 1, 0.0, 1)
-  _, x = data(model, columns_of(LOSSES[name]), 0.0)
+  _, x = data(model, columns_of(name), 0.0)
   weight = 1.0
   if name == "bco_udm":
     weight = np.where(x.label, 1.0, x.weights).mean()
-  wanted = START[name] * weight if name in START else equation(name, x)
+  wanted = FIRST[name] * weight if name in FIRST else equation(name, x)
   # Squares at beta 0.1 double and tenfold what the sums are off.
   assert divide(totals)["loss"] == pytest.approx(wanted, rel=1e-5)
 
@@ -236,13 +232,13 @@ def test_the_start_is_the_analytic_value(model, name):
 MORE_CUTS = [((1, 1), 2), ((4, 2), 1), ((2, 4), 8)]
 # Each loss on one of those too, in turn: no mesh depends on a loss. Those
 # that read nothing of the batch are like dpo.
-FIRST = ["dpo", *(name for name, fn in LOSSES.items() if fn.stats or fn.extras)]
+NOW = ["dpo", *(name for name, fn in LOSSES.items() if fn.stats or fn.extras)]
 CUTS = [
   pytest.param(
     *each.values,
     (4, 2),
     2,
-    marks=each.marks or ([] if each.values[1] in FIRST else [pytest.mark.slow]),
+    marks=each.marks or ([] if each.values[1] in NOW else [pytest.mark.slow]),
   )
   for each in EACH
 ] + [
@@ -269,7 +265,7 @@ def test_two_steps_are_the_same_on_every_mesh_and_cut(
   again, (trace2, params2, states2) = run(
     model, name, shape, accumulation, 2.0, 2
   )
-  _, x = data(model, columns_of(LOSSES[name]), 2.0)
+  _, x = data(model, columns_of(name), 2.0)
   for totals in (seen[0], again[0]):
     means = divide(totals)
     assert means["loss"] == pytest.approx(equation(name, x), rel=2e-5)
@@ -278,6 +274,7 @@ def test_two_steps_are_the_same_on_every_mesh_and_cut(
     assert set(a) == set(b)
     for n in a:
       assert np.isfinite(a[n]).all(), n
+      assert a[n][1] == b[n][1], n  # counts are exact
       np.testing.assert_allclose(a[n], b[n], rtol=1e-4, atol=1e-4, err_msg=n)
   largest = max(np.abs(g).max() for g in trace.values())
   assert largest > 1e-4

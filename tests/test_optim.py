@@ -1,25 +1,14 @@
-"""Muon beside float64, on every mesh; which parameters are its matrices."""
+"""Muon against float64, on every mesh; which parameters are its matrices."""
 
 import jax
+from models import make_mesh, put, sized
 import numpy as np
 import pytest
 
-from jaxalign.core import sharding
 from jaxalign.model import adapters, decoder
 from jaxalign.train import optim
 
-MODEL = decoder.ModelConfig(
-  layers=2,
-  width=16,
-  heads=8,
-  kv_heads=4,
-  head_size=4,
-  ff=24,
-  vocab=32,
-  context=12,
-  tied=False,
-  qkv_bias=True,
-)
+MODEL = sized(2, 16, 8, 4, 4, 24, 32, 12, tied=False, qkv_bias=True)
 B2 = 0.98
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -67,7 +56,8 @@ def by_adamw(gradients):
 
 @pytest.mark.parametrize("lora", [None, adapters.Lora(2)], ids=["full", "lora"])
 def test_muon_is_the_equations_on_every_mesh(mesh, lora):
-  table = decoder.table(MODEL._replace(lora=lora))
+  m = MODEL._replace(lora=lora)
+  table = decoder.table(m)
   if lora:
     table = {n: p for n, p in table.items() if ":" in n}
   rng = np.random.default_rng(3)
@@ -75,16 +65,13 @@ def test_muon_is_the_equations_on_every_mesh(mesh, lora):
     {n: np.float32(rng.normal(size=p.shape)) for n, p in table.items()}
     for _ in range(4)
   ]
-  put = lambda x: {
-    n: sharding.put(mesh, x[n], *p.axes) for n, p in table.items()
-  }
   tx = optim.make_optimizer(clip=0.0, weight_decay=0.0, b2=B2, name="muon")
-  params = put(host[0])
+  params = put(mesh, m, host[0])
   state = jax.jit(tx.init)(params)
   update = jax.jit(tx.update)
   got = []
   for gradient in host[1:]:
-    updates, state = update(put(gradient), state, params)
+    updates, state = update(put(mesh, m, gradient), state, params)
     assert all(updates[n].sharding == params[n].sharding for n in table)
     got.append(jax.device_get(updates))
   for name, p in table.items():
@@ -117,9 +104,7 @@ def test_an_update_moves_as_far_as_adamw_s():
   rng = np.random.default_rng(0)
   w = {"layers/w_up": np.float32(rng.normal(size=(1, 48, 96)))}
   tx = optim.make_optimizer(clip=0.0, weight_decay=0.0, b2=B2, name="muon")
-  with jax.set_mesh(
-    sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
-  ):
+  with jax.set_mesh(make_mesh()):
     updates, _ = jax.jit(tx.update)(w, tx.init(w), w)
   size = float(np.sqrt(np.mean(np.square(updates["layers/w_up"]))))
   assert 0.12 < size < 0.28

@@ -2,7 +2,7 @@
 
 Value and gradient by every token's log-prob, against TRL's own loss code. The
 lists of losses are read from TRL, so one that we miss fails a test. Where TRL
-is wrong, or ambiguous, the difference is asserted and said.
+is wrong, or ambiguous, the difference is asserted.
 """
 
 import ast
@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxalign.core.lookup import keywords
 from jaxalign.train import statistics
 from jaxalign.train.batch import Logps
 from jaxalign.train.logps import common_prefix_sums
@@ -32,6 +33,7 @@ pytestmark = [
 ]
 
 PROMPT, LENGTH, PAIRS = 2, 9, 6
+SIDES = ("chosen", "rejected")
 EXACT, SINGLE = 1e-10, 2e-6  # where TRL computes in float64, and where not
 
 
@@ -126,11 +128,10 @@ def model_of(each, mask):
   import torch
 
   def call(**kwargs):
-    said = (each * mask)[:, 1:]
-    zero = torch.zeros_like(said)
-    return types.SimpleNamespace(
-      log_probs=said, entropy=zero, mean_logits=zero, is_top1=zero.bool()
-    )
+    x = (each * mask)[:, 1:]
+    zero = torch.zeros_like(x)
+    more = dict(entropy=zero, mean_logits=zero, is_top1=zero.bool())
+    return types.SimpleNamespace(log_probs=x, **more)
 
   return call
 
@@ -212,22 +213,19 @@ def fields_of(config):
   return {f.name: f for f in dataclasses.fields(config)}
 
 
-# TRL's name: (ours, keywords of both, keywords of ours alone).
+# TRL's name: (ours, keywords of TRL's, keywords of ours).
+SMOOTH = dict(label_smoothing=0.2)
 DPO = {
   "sigmoid": ("dpo", {}, {}),
   "hinge": ("hinge", {}, {}),
   "ipo": ("ipo", {}, {}),
   "exo_pair": ("exo", dict(label_smoothing=1e-3), dict(epsilon=1e-3)),
   "nca_pair": ("nca", {}, {}),
-  "robust": ("robust", dict(label_smoothing=0.2), dict(label_smoothing=0.2)),
+  "robust": ("robust", SMOOTH, SMOOTH),
   "bco_pair": ("bco_pair", {}, {}),
   "sppo_hard": ("sppo", {}, {}),
-  "aot": ("aot", dict(label_smoothing=0.2), dict(label_smoothing=0.2)),
-  "aot_unpaired": (
-    "aot_unpaired",
-    dict(label_smoothing=0.2),
-    dict(label_smoothing=0.2),
-  ),
+  "aot": ("aot", SMOOTH, SMOOTH),
+  "aot_unpaired": ("aot_unpaired", SMOOTH, SMOOTH),
   "apo_zero": ("apo_zero", {}, {}),
   "apo_down": ("apo_down", {}, {}),
   "discopop": ("discopop", {}, {}),
@@ -241,39 +239,30 @@ DIVERGENCES = {
   "alpha_divergence": "dpo_alpha",
 }
 KTO = {"kto": "kto", "apo_zero_unpaired": "apo_zero_unpaired"}
-CPO = {
-  "sigmoid": "cpo",
-  "simpo": "simpo",
-  "alphapo": "alphapo",
-  "hinge": "hinge",
-  "ipo": "ipo",
-}
+CPO = dict(
+  sigmoid="cpo", simpo="simpo", alphapo="alphapo", hinge="hinge", ipo="ipo"
+)
+UNPAIRED = tuple(
+  f"{of}/{side}" for of in ("rewards", "logps") for side in SIDES
+)
+REWARDS = tuple(f"rewards/{n}" for n in (*SIDES, "margins", "accuracies"))
 
 
 def test_no_loss_of_trl_is_missing(trl):
   """Each list as TRL's own code and its options have it."""
   cpo = importlib.import_module("trl.experimental.cpo")
-  help_text = fields_of(trl.DPOConfig)["loss_type"].metadata["help"]
-  code = compared_with(trl.DPOTrainer._compute_loss, "loss_type")
-  assert code == set(DPO)
+  of = lambda config: fields_of(config)["loss_type"].metadata
+  compute, help_text = trl.DPOTrainer._compute_loss, of(trl.DPOConfig)["help"]
+  assert compared_with(compute, "loss_type") == set(DPO)
   assert all(f"`'{name}'`" in help_text for name in DPO)
   assert help_text.count("`'") == len(DPO)
-  assert compared_with(
-    trl.DPOTrainer._compute_loss, "f_divergence_type"
-  ) == set(DIVERGENCES)
-  assert set(fields_of(trl.KTOConfig)["loss_type"].metadata["choices"]) == set(
-    KTO
-  )
-  assert set(fields_of(cpo.CPOConfig)["loss_type"].metadata["choices"]) == set(
-    CPO
-  )
-  for name in [
-    *(v[0] for v in DPO.values()),
-    *DIVERGENCES.values(),
-    *KTO.values(),
-    *CPO.values(),
-  ]:
-    assert name in LOSSES
+  assert compared_with(compute, "f_divergence_type") == set(DIVERGENCES)
+  assert set(of(trl.KTOConfig)["choices"]) == set(KTO)
+  assert set(of(cpo.CPOConfig)["choices"]) == set(CPO)
+  named = [mine for mine, *_ in DPO.values()]
+  for table in (DIVERGENCES, KTO, CPO):
+    named += table.values()
+  assert set(named) <= set(LOSSES)
 
 
 def test_defaults_are_trl_s_or_differ_for_a_reason(trl):
@@ -283,33 +272,27 @@ def test_defaults_are_trl_s_or_differ_for_a_reason(trl):
   cpo, orpo = (
     importlib.import_module(f"trl.experimental.{n}") for n in ("cpo", "orpo")
   )
-  default = lambda config, name: fields_of(config)[name].default
-  own = {
-    (n, p.name): p.default
-    for n, fn in LOSSES.items()
-    for p in inspect.signature(fn).parameters.values()
-    if p.kind == p.KEYWORD_ONLY
-  }
-  for name, (mine, _, _) in DPO.items():
-    if mine not in ("sft_tokens", "dpo_norm"):
-      assert own[mine, "beta"] == default(trl.DPOConfig, "beta"), name
-  assert own["dpo_norm", "beta"] == 50 * default(trl.DPOConfig, "beta")
-  assert default(trl.DPOConfig, "label_smoothing") == 0
-  assert own["robust", "label_smoothing"] == 0.1
-  assert own["discopop", "tau"] == default(trl.DPOConfig, "discopop_tau")
-  assert own["dpo_alpha", "alpha"] == default(
-    trl.DPOConfig, "f_alpha_divergence_coef"
+  dpo, kto, cpo, orpo = (
+    {n: f.default for n, f in fields_of(config).items()}
+    for config in (trl.DPOConfig, trl.KTOConfig, cpo.CPOConfig, orpo.ORPOConfig)
   )
+  own = lambda name, key: keywords(LOSSES[name])[key].default
+  for mine in {mine for mine, *_ in DPO.values()} - {"sft_tokens", "dpo_norm"}:
+    assert own(mine, "beta") == dpo["beta"], mine
+  assert own("dpo_norm", "beta") == 50 * dpo["beta"]
+  assert dpo["label_smoothing"] == 0 != own("robust", "label_smoothing") == 0.1
+  assert own("discopop", "tau") == dpo["discopop_tau"]
+  assert own("dpo_alpha", "alpha") == dpo["f_alpha_divergence_coef"]
   for mine in KTO:
-    assert own[mine, "beta"] == default(trl.KTOConfig, "beta")
+    assert own(mine, "beta") == kto["beta"]
     for side in ("desirable", "undesirable"):
-      assert own[mine, side] == default(trl.KTOConfig, f"{side}_weight")
-  assert own["cpo", "beta"] == default(cpo.CPOConfig, "beta")
-  assert own["cpo", "nll_weight"] == default(cpo.CPOConfig, "cpo_alpha")
-  assert own["orpo", "beta"] == default(orpo.ORPOConfig, "beta")
-  assert own["simpo", "gamma"] == default(cpo.CPOConfig, "simpo_gamma")
-  assert own["simpo", "beta"] == 20 * default(cpo.CPOConfig, "beta")
-  assert default(cpo.CPOConfig, "alpha") == 0 != own["alphapo", "alpha"]
+      assert own(mine, side) == kto[f"{side}_weight"]
+  assert own("cpo", "beta") == cpo["beta"]
+  assert own("cpo", "nll_weight") == cpo["cpo_alpha"]
+  assert own("orpo", "beta") == orpo["beta"]
+  assert own("simpo", "gamma") == cpo["simpo_gamma"]
+  assert own("simpo", "beta") == 20 * cpo["beta"]
+  assert cpo["alpha"] == 0 != own("alphapo", "alpha")
 
 
 @pytest.mark.parametrize("name", DPO)
@@ -324,22 +307,9 @@ def test_losses_of_dpo_trainer(trl, name):
     got = ours(mine, rows, stats, **beta, **alone)
     wanted = theirs(trl, [name], rows, beta=0.3, **both)
     agree(got, wanted, tolerance * (1 + abs(wanted[0])))
-    if name != "sft":
-      for key in (
-        "rewards/chosen",
-        "rewards/rejected",
-        "rewards/margins",
-        "rewards/accuracies",
-        "logps/chosen",
-        "logps/rejected",
-      ):
-        np.testing.assert_allclose(
-          np.mean(got[2][key]),
-          wanted[2][key],
-          rtol=1e-6,
-          atol=1e-9,
-          err_msg=key,
-        )
+    for key in () if name == "sft" else {*REWARDS, *UNPAIRED}:
+      mean, close = np.mean(got[2][key]), dict(rtol=1e-6, atol=1e-9)
+      np.testing.assert_allclose(mean, wanted[2][key], **close, err_msg=key)
 
 
 @pytest.mark.parametrize("f", DIVERGENCES)
@@ -367,34 +337,26 @@ def test_divergences(trl, f):
       theirs(trl, ["sigmoid"], rows_of(), f=f, f_alpha_divergence_coef=0.5)
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
-def test_ld_dpo_weighs_policy_and_reference(trl, weight):
-  agree(
-    ours("ld_dpo", rows_of(), beta=0.3, tail_weight=weight),
-    theirs(trl, ["sigmoid"], rows_of(), ld_alpha=weight, beta=0.3),
-    EXACT,
-  )
-
-
-def test_sums_of_losses(trl):
-  """RPO and MPO as TRL's docs write them."""
-  rows = rows_of()
-  agree(
-    ours("dpo+0.2*sft_tokens", rows, beta=0.3),
-    theirs(trl, ["sigmoid", "sft"], rows, weights=[1.0, 0.2], beta=0.3),
-    EXACT,
-  )
-  agree(
-    ours("0.8*dpo+0.2*bco_pair+sft_tokens", rows, dict(delta=0.0), beta=0.3),
-    theirs(
-      trl,
-      ["sigmoid", "bco_pair", "sft"],
-      rows,
-      weights=[0.8, 0.2, 1.0],
-      beta=0.3,
+@pytest.mark.parametrize(
+  "name,losses,more",
+  [
+    *(
+      (f"ld_dpo(tail_weight={weight})", ["sigmoid"], dict(ld_alpha=weight))
+      for weight in (0.0, 0.3, 1.0)  # of policy and reference
     ),
-    EXACT,
-  )
+    # RPO and MPO as TRL's docs write them.
+    ("dpo+0.2*sft_tokens", ["sigmoid", "sft"], dict(weights=[1.0, 0.2])),
+    (
+      "0.8*dpo+0.2*bco_pair+sft_tokens",
+      ["sigmoid", "bco_pair", "sft"],
+      dict(weights=[0.8, 0.2, 1.0]),
+    ),
+  ],
+)
+def test_options_and_sums_of_losses(trl, name, losses, more):
+  rows = rows_of()
+  wanted = theirs(trl, losses, rows, beta=0.3, **more)
+  agree(ours(name, rows, dict(delta=0.0), beta=0.3), wanted, EXACT)
 
 
 # Where TRL is wrong or ambiguous.
@@ -419,12 +381,7 @@ def test_trl_s_aot_depends_on_how_the_batch_is_cut(trl, name):
   """Two halves, each sorted alone, are not the whole; ours stays the same
   with the ranks of the whole batch (test_losses_batch.py)."""
   rows = rows_of(spread=4.0)
-  half = lambda at: Rows(
-    each=rows.each[at],
-    ref=rows.ref[at],
-    mask=rows.mask[at],
-    label=rows.label[at],
-  )
+  half = lambda at: Rows(**{n: x[at] for n, x in vars(rows).items()})
   cut = [theirs(trl, [name], half(at))[0] for at in (slice(0, 3), slice(3, 6))]
   whole = theirs(trl, [name], rows)[0]
   assert abs(np.mean(cut) - whole) > 1e-4
@@ -495,11 +452,8 @@ def their_kto(trl, rows, loss_type, kl=0.0, beta=0.3):
 def test_losses_of_kto_trainer(trl, name, labels):
   for spread, kl in ((0.0, 0.0), (2.0, 1.7), (40.0, -2.0)):
     rows = rows_of(1, spread)
-    rows.label = dict(
-      mixed=rows.label,
-      liked=np.full(PAIRS, True),
-      disliked=np.full(PAIRS, False),
-    )[labels]
+    if labels != "mixed":
+      rows.label = np.full(PAIRS, labels == "liked")
     got = ours(
       KTO[name],
       rows,
@@ -510,18 +464,14 @@ def test_losses_of_kto_trainer(trl, name, labels):
     )
     wanted = their_kto(trl, rows, name, kl)
     agree(got, wanted, EXACT)
-    for key in (
-      "rewards/chosen",
-      "rewards/rejected",
-      "logps/chosen",
-      "logps/rejected",
-    ):
+    for key in UNPAIRED:
       value, weight = (np.sum(x) for x in got[2][key])
       assert (weight > 0) == (key in wanted[2])
       if weight:
-        np.testing.assert_allclose(
-          value / weight, wanted[2][key], rtol=1e-6, atol=1e-9
-        )
+        mean, close = value / weight, dict(rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(mean, wanted[2][key], **close)
+    if name == "kto":
+      np.testing.assert_allclose(got[2]["kl"], wanted[2]["kl"], rtol=1e-6)
 
 
 # CPO, SimPO, AlphaPO and ORPO: on logits, likelihood term included.
@@ -586,12 +536,7 @@ def their_total(name, logits, batch, **more):
 
 
 def metrics_agree(got, wanted):
-  for key in (
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/margins",
-    "rewards/accuracies",
-  ):
+  for key in REWARDS:
     np.testing.assert_allclose(np.mean(got[key]), wanted[key], rtol=1e-6)
 
 
@@ -689,13 +634,10 @@ def test_trl_s_orpo_of_certain_answers_is_not_a_number(trl):
 
 
 def test_bco_without_a_delta_is_bco_pair_s_two_halves(trl):
-  """TRL 1.16 has BCO for pairs only; each answer is a row with a thumb."""
+  """TRL 1.16 has BCO for pairs only; each answer is a row with a label."""
   rows = rows_of()
-  split = Rows(
-    each=rows.each.reshape(-1, 1, LENGTH),
-    ref=rows.ref.reshape(-1, 1, LENGTH),
-    mask=rows.mask.reshape(-1, 1, LENGTH),
-  )
+  apart = lambda x: x.reshape(-1, 1, LENGTH)
+  split = Rows(**{n: apart(getattr(rows, n)) for n in ("each", "ref", "mask")})
   label = jnp.tile(jnp.array([True, False]), PAIRS)
   value, grad, _ = ours("bco", split, dict(label=label, delta=0.0), beta=0.3)
   agree(

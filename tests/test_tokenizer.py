@@ -13,51 +13,26 @@ import sentencepiece as spm
 from sentencepiece import sentencepiece_model_pb2 as spm_pb2
 
 from jaxalign.core.errors import ConfigError
-from jaxalign.data import tokenizer
 from jaxalign.data.tokenizer import load_tokenizer, Tokenizer, train_tokenizer
 
 RNG = random.Random(0)
+SYLLABLES = [a + b for a in "bdgkmnprtz" for b in "aeiou"]
 WORDS = sorted(
-  {
-    "".join(
-      RNG.choice("bdgkmnprtz") + RNG.choice("aeiou")
-      for _ in range(RNG.choice((2, 3)))
-    )
-    for _ in range(60)
-  }
+  {"".join(RNG.choices(SYLLABLES, k=2 + i % 2)) for i in range(60)}
 )
 TEXTS = [
-  "\n\nHuman: "
-  + " ".join(RNG.choices(WORDS, k=9))
-  + "?\n\nAssistant: "
+  f"\n\nHuman: {' '.join(RNG.choices(WORDS, k=9))}?\n\nAssistant: "
   + " ".join(RNG.choices(WORDS, k=6))
   for _ in range(300)
 ]
-HARD = [
-  "",
-  " ",
-  "  a  ",
-  "\n\n",
-  "a\r\nb\t",
-  "\0",
-  "a\0b",
-  "\u2581",
-  " \u2581 ",
-  "\u2581\u2581a",
-  "<s>",
-  "</s><unk>",
-  "<0x0A>",
-  "\ufeff",
-  "\ufffd",
-  "\u2585",
-  "\u2047",
-  "\u202e\u05d0\u05d1",
-  "e\u0301 \u00e9 \ufb01",
-  "\U0001f469\u200d\U0001f4bb",
-  "\x7f\x1b[0m",
-  "\U0010ffff",
-  "12345",
-]
+# Blanks, controls, U+2581 (SentencePiece's space), marks and joined emoji.
+HARD = ["", " ", "  a  ", "\n\n", "a\r\nb\t", "\0", "a\0b", "12345", "<0x0A>"]
+HARD += ["\u2581", " \u2581 ", "\u2581\u2581a", "<s>", "</s><unk>", "\ufeff"]
+HARD += ["\ufffd", "\u2585", "\u2047", "\u202e\u05d0\u05d1 \u0627\u0644"]
+HARD += ["e\u0301 \u00e9 \ufb01", "\U0001f469\u200d\U0001f4bb\U0001f3fd"]
+HARD += ["\x7f\x1b[0m", "\U0010ffff", "\u1100\u1161", " \u2581 a"]
+STORIES, MISTRAL = "models/stories260K", "tokenizers/mistral-v1"
+T5 = "tokenizers/t5/sentencepiece.model"
 
 text = st.text(st.characters(codec="utf-8"), max_size=30) | st.lists(
   st.sampled_from(WORDS + HARD + [" ", "\n\nAssistant:"])
@@ -66,36 +41,17 @@ text = st.text(st.characters(codec="utf-8"), max_size=30) | st.lists(
 
 @pytest.fixture(scope="module")
 def small():
-  return Tokenizer(tokenizer.train_tokenizer(TEXTS, 1000))
+  return Tokenizer(train_tokenizer(TEXTS, 1000))
 
 
-@pytest.fixture
-def real_texts(shared):
-  path = shared / "data" / "hh-harmless" / "pairs.jsonl.gz"
-  with gzip.open(path, "rt", encoding="utf-8") as file:
-    return [json.loads(line)["chosen"] for line in file]
-
-
-STORIES, MISTRAL, T5 = (
-  "models/stories260K",
-  "tokenizers/mistral-v1",
-  "tokenizers/t5/sentencepiece.model",
-)
-
-
-def test_each_word_of_a_closed_vocabulary_is_one_piece(small):
+def test_a_trained_tokenizer(small):
+  """Each word of a closed vocabulary is one piece; it is the same each time."""
   for word in WORDS:
     assert len(small.encode(f" {word}")) == 1, word
   assert small.decode(small.encode("\n\nHuman: hi\n\n")) == "\n\nHuman: hi\n\n"
   assert small.vocab_size < 1000  # a closed vocabulary has no more pieces
-
-
-def test_training_is_deterministic(small):
-  assert tokenizer.train_tokenizer(TEXTS, 1000) == small.proto
-  assert tokenizer.train_tokenizer(TEXTS[:200], 1000) != small.proto
-
-
-def test_controls(small):
+  assert train_tokenizer(TEXTS, 1000) == small.proto
+  assert train_tokenizer(TEXTS[:200], 1000) != small.proto
   assert (small.unk, small.bos, small.eos, small.pad) == (0, 1, 2, 0)
   assert small.encode("ba", begins=True) == [1] + small.encode("ba")
   assert small.decode([1] + small.encode("ba ti") + [2]) == "ba ti"
@@ -145,12 +101,10 @@ def test_a_unigram_model_loads_but_is_not_exported(tmp_path, shared):
 
 
 def test_batches_are_the_texts_one_by_one(small, shared):
+  tok = load_tokenizer(shared / STORIES)
   assert small.encode_many(HARD) == [small.encode(text) for text in HARD]
   assert small.encode_many([]) == []
-  tok = load_tokenizer(shared / STORIES)
-  assert tok.encode_responses(HARD) == [
-    tok.encode_response(text) for text in HARD
-  ]
+  assert tok.encode_responses(HARD) == list(map(tok.encode_response, HARD))
 
 
 def test_what_cannot_be_a_tokenizer(tmp_path, small):
@@ -160,72 +114,60 @@ def test_what_cannot_be_a_tokenizer(tmp_path, small):
       load_tokenizer(tmp_path)
   with pytest.raises(ConfigError, match="nowhere"):
     load_tokenizer(tmp_path / "nowhere")
-  for size, texts in ((100, TEXTS), (1000, []), (1000, ["", "\0"])):
-    with pytest.raises(ConfigError, match="vocab_size"):
-      tokenizer.train_tokenizer(texts, size)
 
 
 def test_rare_characters_are_bytes_when_the_vocabulary_is_small():
   texts = ["common words here " * 50 + chr(0x4E00 + i) for i in range(500)]
-  tok = Tokenizer(tokenizer.train_tokenizer(texts, 400))
+  tok = Tokenizer(train_tokenizer(texts, 400))
   assert tok.vocab_size <= 400
   assert tok.decode(tok.encode(texts[7])) == texts[7]
   assert len(tok.encode(" common")) == 1
 
 
 @pytest.mark.parametrize("name", ["trained", STORIES])
-def test_transformers_reads_the_export(tmp_path, shared, real_texts, name):
+def test_transformers_reads_the_export(tmp_path, shared, name):
   transformers = pytest.importorskip("transformers")
-  tok = (
-    Tokenizer(tokenizer.train_tokenizer(real_texts[:400], 2000))
-    if name == "trained"
-    else load_tokenizer(shared / name)
-  )
+  path = shared / "data/hh-harmless/pairs.jsonl.gz"
+  with gzip.open(path, "rt", encoding="utf-8") as file:
+    real = [json.loads(line)["chosen"] for line in file]
+  if name == "trained":
+    tok = Tokenizer(train_tokenizer(real[:400], 2000))
+  else:
+    tok = load_tokenizer(shared / name)
   tok.export(tmp_path)
-  assert (
-    sorted(p.name for p in tmp_path.iterdir())
-    == (
-      "special_tokens_map.json tokenizer.json tokenizer.model "
-      "tokenizer_config.json"
-    ).split()
-  )
+  names = "special_tokens_map.json tokenizer.json tokenizer.model"
+  assert sorted(p.name for p in tmp_path.iterdir()) == [
+    *names.split(),
+    "tokenizer_config.json",
+  ]
   data = (tmp_path / "tokenizer.model").read_bytes()
   assert data == tok.files["tokenizer.model"]
   (tmp_path / "config.json").write_text(json.dumps(dict(model_type="llama")))
   peer = transformers.AutoTokenizer.from_pretrained(tmp_path)
-  assert (
-    peer.bos_token_id,
-    peer.eos_token_id,
-    peer.unk_token_id,
-    peer.pad_token_id,
-  ) == (tok.bos, tok.eos, tok.unk, tok.pad)
+  for kind in ("bos", "eos", "unk", "pad"):
+    assert getattr(peer, f"{kind}_token_id") == getattr(tok, kind)
   assert len(peer) == tok.vocab_size
-  plain = [
-    text
-    for text in HARD
-    if text and "\u2581" not in text and not text.startswith("<")
-  ]
-  texts = real_texts[400:800] + plain
+  plain = [t for t in HARD if t and "\u2581" not in t and t[0] != "<"]
+  texts = real[400:800] + plain
   for text, ids in zip(texts, peer(texts).input_ids):
     assert ids == tok.encode(text, begins=True), text
     assert peer.decode(ids, skip_special_tokens=True) == text
 
 
-def written(blocks, rows, seed=0):
+def written(blocks, rows):
   """Rows of characters of a script, the first ones far more often."""
-  rng = random.Random(seed)
-  return [
-    "".join(
-      chr(rng.choice(blocks) + min(int(rng.expovariate(1 / 400)), 2000))
-      for _ in range(80)
-    )
-    for _ in range(rows)
-  ]
+  rng = random.Random(0)
+  offset = lambda: min(int(rng.expovariate(1 / 400)), 2000)
+  letter = lambda: chr(rng.choice(blocks) + offset())
+  return ["".join(letter() for _ in range(80)) for _ in range(rows)]
 
 
+CHINESE, KOREAN = written([0x4E00, 0x5E00], 200), written([0xAC00], 200)
+SYLLABIC = written([0xAC00, 0xB400, 0xC400], 200)
+FAMILY = "\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f3f3\ufe0f\u200d"
 SCRIPTS = {
   "chinese": [
-    "我们可以通过学习人类反馈来训练模型。请问这个问题应该怎么回答？",
+    "请问这个问题应该怎么回答？",
     *written([0x4E00, 0x5E00, 0x6E00], 200),
   ],
   "japanese": [
@@ -234,23 +176,16 @@ SCRIPTS = {
   ],
   "korean": [
     "한국어로 답해 주세요. 감사합니다!",
-    *(
-      " ".join(text[i : i + 4] for i in range(0, 80, 4))
-      for text in written([0xAC00, 0xB400, 0xC400], 200)
-    ),
+    *(" ".join(re.findall("....", text)) for text in SYLLABIC),
   ],
   "emoji": [
-    "\U0001f469\u200d\U0001f4bb \U0001f468\u200d\U0001f469\u200d"
-    "\U0001f467 \U0001f3f3\ufe0f\u200d\U0001f308 "
-    "\U0001f44d\U0001f3fd",
+    f"{FAMILY}\U0001f308 \U0001f44d\U0001f3fd",
     *written([0x1F300], 100),
   ],
   "no two alike": ["".join(map(chr, range(0x4E00, 0x4E00 + 5000)))],
   "mixed": [
     f"Question {i}: {zh} -> {ko}"
-    for i, (zh, ko) in enumerate(
-      zip(written([0x4E00, 0x5E00], 200), written([0xAC00], 200))
-    )
+    for i, (zh, ko) in enumerate(zip(CHINESE, KOREAN))
   ],
 }
 
@@ -268,10 +203,14 @@ def test_more_characters_than_pieces_are_spelt_in_bytes(script, size):
     assert len(tok.encode(texts[-1])) < 2.9 * len(texts[-1])
 
 
-@pytest.mark.parametrize("texts", [["\n\n"], ["\r\n", ""], ["\ud800"]])
-def test_what_cannot_be_trained_on_is_said_in_our_words(texts):
+@pytest.mark.parametrize(
+  "size, texts",
+  [(100, TEXTS), (1000, []), (1000, ["", "\0"]), (1024, ["\n\n"])]
+  + [(1024, ["\r\n", ""]), (1024, ["\ud800"])],
+)
+def test_what_cannot_be_trained_on_is_put_in_our_words(size, texts):
   with pytest.raises(ConfigError, match="config.model.vocab_size") as error:
-    train_tokenizer(texts, 1024)
+    train_tokenizer(texts, size)
   assert not re.search(r"\.cc|INTERNAL|pybind|C\+\+", str(error.value))
 
 

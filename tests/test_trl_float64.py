@@ -1,139 +1,75 @@
-"""Twenty steps beside TRL 1.16 with float64 on both sides, for every loss.
+"""TRL 1.16: the same steps of a little model, in float32 and in float64.
 
-Same weights, tokens, order, optimizer and rates. Transformers keeps its norms
-and its rotary tables in float32 whatever the model's dtype, and TRL some of
-its sums; ours are wide. What is left is their rounding: at most 9e-6 nat of a
-sum of log-probabilities and 9e-6 of a loss over the 20 steps, but for DiscoPOP.
+In float64 every loss of TRL's trainers takes twenty. Transformers keeps its
+norms and its rotary tables in float32 whatever the model's dtype, and TRL some
+of its sums; ours are wide. What is left is their rounding: at most 9e-6 nat of
+a sum of log-probabilities and 9e-6 of a loss, but for DiscoPOP.
 """
 
-import flat
-import jax
-import jax.numpy as jnp
-import numpy as np
-import pytest
-import test_parity_trl as harness
-import test_parity_trl_losses as tables
-import test_trl_trajectory as runs
+import importlib
 
-from jaxalign.core import sharding
-from jaxalign.data import batches
-from jaxalign.data import tokens as tokens_lib
-from jaxalign.data.encode import encode_texts
-from jaxalign.model import hf
-from jaxalign.train import feed, optim
-from jaxalign.train import step as steps
-from jaxalign.train.logps import PRODUCERS
-from jaxalign.train.losses import bind, LOSSES
-from jaxalign.train.metrics import divide
+import jax
+import pytest
+import test_parity_trl_losses as tables
+import trl_runs as runs
+
+from jaxalign.train.losses import bind, find, LOSSES
 
 # torch, transformers and trl warn of their own futures.
 pytestmark = [
-  pytest.mark.slow,
   pytest.mark.filterwarnings("ignore"),
   pytest.mark.usefixtures("quick_compiles"),
 ]
-
-MODEL = harness.MODEL._replace(dtype="float64", attention="tiles")
-HOW = dict(batch=4, updates=20, lr=2e-3, beta=0.5)
+trl = tables.trl  # a fixture
 # A gradient's norm is of 2 to 80, and no nat.
 LIMITS = dict(learning_rate=1e-8, grad_norm=1e-3)
-
-trl, alone = harness.trl, harness.alone  # fixtures
-
-
-@pytest.fixture(autouse=True)
-def float64(alone):
-  with jax.enable_x64(True):
-    yield
+KINDS = dict(dpo=runs.on_pairs, kto=runs.on_unpaired)
 
 
-def fresh(mesh):
-  return {
-    n: sharding.put(mesh, np.float64(x), *p.axes)
-    for (n, p), x in zip(
-      runs.decoder.table(MODEL).items(), harness.fresh(mesh).values()
-    )
-  }
+@pytest.mark.parametrize(
+  "how",
+  [
+    pytest.param(runs.Run(updates=5, lr=5e-3), id="five"),
+    pytest.param(runs.Run(), id="twenty", marks=pytest.mark.slow),
+  ],
+)
+@pytest.mark.parametrize("name", KINDS)
+def test_steps_in_float32(trl, alone, tmp_path, name, how):
+  """Measured 8e-6 at most, of a summed log-probability, and 1e-6 of a loss."""
+  s, loss = runs.little(alone, tmp_path), bind(find(name), name, dict(beta=0.5))
+  found, log = KINDS[name](trl, s, loss, how)
+  runs.within(found, dict(learning_rate=1e-8), 1e-4)
+  runs.learnt(log)
 
 
-def reference(mesh, tokens, responses):
-  """(sums, counts) float64 [N, R] of the first weights, all at once."""
-  size = tokens_lib.row_lengths(tokens)
-  n, length = len(size), int(size.max())
-  ids, mask = np.zeros((n, length), np.int32), np.zeros((n, length), np.int32)
-  for i, each in enumerate(np.split(tokens.ids, tokens.offsets[1:-1])):
-    ids[i, : len(each)] = each
-    mask[i, tokens.start[i] : len(each)] = 1
-  shape = (n // responses, responses, length)
-  put = lambda x: sharding.put(mesh, x.reshape(shape), "batch", None, None)
-  found = PRODUCERS["plain"](MODEL)(fresh(mesh), put(ids), put(mask))
-  assert found.sum.dtype == jnp.float64
-  return np.asarray(found.sum), np.asarray(found.count)
-
-
-def ours(mesh, rows, loss, batch=HOW["batch"]):
-  """Metrics of every step, through the feed and the train step of a job."""
-  tx = optim.make_optimizer(clip=1.0, weight_decay=runs.DECAY, b2=runs.B2)
-  train_step = steps.make_train_step(PRODUCERS["chunked"](MODEL, 8), loss, tx)
-  rate = runs.rate_of(HOW["lr"], HOW["updates"])
-  batching = feed.Batching(batch, runs.SEED, 1, MODEL.context, "packed")
-  batch_at = feed.Feed(mesh, rows, batching, rate).batch_at
-  state, seen = steps.init_state(fresh(mesh), tx, loss), []
-  for step in range(HOW["updates"]):
-    state, totals = train_step(state, batch_at(step))
-    seen.append(
-      {f"train/{n}": x for n, x in divide(jax.device_get(totals)).items()}
-    )
-  assert {x.dtype for x in state.params.values()} == {jnp.dtype("float64")}
-  return [x | dict(lr=x["train/lr"]) for x in seen]
-
-
-def loss_of(name):
-  """(our loss of TRL's name, TRL's options for it)."""
-  mine, both, own = tables.DPO[name]
-  if name != "sft":
-    own = own | dict(beta=HOW["beta"])
+def loss_of(mine, own):
+  """Our loss, of TRL's options."""
   bound = bind(LOSSES[mine], mine, own)
-  if mine == "bco_pair":  # TRL's has no running mean
-    stats, still = bound.stats, bound
-    bound = lambda policy, ref, given: still(policy, ref, dict(delta=0.0))
-    bound.__dict__.update(
-      still.__dict__, stats=tuple(s for s in stats if s != "delta")
-    )
-  return bound, both
+  if mine != "bco_pair":
+    return bound
+  # TRL's has no running mean.
+  still = lambda policy, ref, given: bound(policy, ref, dict(delta=0.0))
+  still.__dict__.update(bound.__dict__, stats=())
+  return still
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", tables.DPO)
 def test_every_loss_of_dpo_trainer(trl, alone, tmp_path, name):
-  pool, tok = harness.data()
-  hf.export_folder(
-    tmp_path / "export", harness.fresh(alone), harness.MODEL, tok
-  )
-  tokens, _, refused = encode_texts(
-    tok,
-    [r["prompt"] for r in pool],
-    {k: [r[k] for r in pool] for k in ("chosen", "rejected")},
-    MODEL.context,
-  )
-  assert not refused
-  n = len(pool)
-  rows = flat.train_rows(tokens, 2, *reference(alone, tokens, 2))
-  loss, options = loss_of(name)
-  taken = runs.order(n, HOW["batch"], HOW["updates"])
-  theirs, _ = runs.theirs(
-    trl,
-    tmp_path,
-    "DPO",
-    [pool[i] for i in taken],
-    dtype="float64",
-    loss_type=[name],
-    **HOW,
-    **options,
-  )
-  # Ours of a likelihood has no rewards, which need a reference.
-  found = runs.gaps(
-    ours(alone, rows, loss), theirs, () if name == "sft" else runs.PAIR
-  )
+  mine, options, own = tables.DPO[name]
+  own = own | ({} if name == "sft" else dict(beta=0.5))
+  # A likelihood has no rewards, which need a reference.
+  names = () if name == "sft" else runs.PAIR
+  with jax.enable_x64(True):
+    found, _ = runs.on_pairs(
+      trl,
+      runs.little(alone, tmp_path, "float64"),
+      loss_of(mine, own),
+      runs.Run(),
+      names,
+      loss_type=[name],
+      **options,
+    )
   if name == "discopop":  # its gate is 20 times as steep as a sigmoid, so the
     # rounding of transformers' norms grows from step to step: 3e-4 measured
     runs.within(found, LIMITS | dict(grad_norm=3e-2), 1e-3)
@@ -141,44 +77,47 @@ def test_every_loss_of_dpo_trainer(trl, alone, tmp_path, name):
     runs.within(found, LIMITS, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", tables.KTO)
 def test_every_loss_of_kto_trainer(trl, alone, tmp_path, name):
-  """With TRL's choice of mismatched answers: the row before, in the batch."""
-  pool, tok = harness.data()
-  hf.export_folder(
-    tmp_path / "export", harness.fresh(alone), harness.MODEL, tok
-  )
-  n = len(pool)
-  label = np.random.default_rng(1).random(n) < 0.5
-  said = [r["chosen"] if up else r["rejected"] for r, up in zip(pool, label)]
-  tokens = encode_texts(
-    tok,
-    [r["prompt"] for r in pool],
-    dict(response=said),
-    MODEL.context,
-    "cut_answer",
-  ).rows
-  taken = runs.order(n, HOW["batch"], HOW["updates"])
-  before = np.roll(taken.reshape(-1, HOW["batch"]), 1, axis=1).ravel()
-  other = batches.mismatched(tokens, taken, before, MODEL.context)
-  rows = flat.train_rows(tokens, 1, *reference(alone, tokens, 1), label=label)
-  if name == "kto":
-    sums = reference(alone, other, 1)[0][:, 0]
-    rows = rows._replace(mismatched=feed.MismatchedRows(other, sums))
-  mine = tables.KTO[name]
-  loss = bind(LOSSES[mine], mine, dict(beta=HOW["beta"]))
-  theirs, _ = runs.theirs(
-    trl,
-    tmp_path,
-    "KTO",
-    [
-      dict(prompt=pool[i]["prompt"], completion=said[i], label=bool(label[i]))
-      for i in taken
-    ],
-    dtype="float64",
-    loss_type=name,
-    **HOW,
-  )
-  names = [n for n in runs.THUMB if n != "kl" or name == "kto"]
-  found = runs.gaps(ours(alone, rows, loss), theirs, names)
+  loss = loss_of(tables.KTO[name], dict(beta=0.5))
+  with jax.enable_x64(True):
+    s = runs.little(alone, tmp_path, "float64")
+    found, _ = runs.on_unpaired(trl, s, loss, runs.Run(), loss_type=name)
   runs.within(found, LIMITS, 1e-5)
+
+
+# TRL's experimental trainers: (module, our loss, batch, options, metrics).
+# Their likelihood term is a mean over the batch's chosen tokens, `sft_tokens`
+# here; ORPO's counts the prompt too, so its pairs have none, and one makes a
+# batch, where both means agree. Others than these log means a token.
+REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins")
+CASES = {
+  "sigmoid": (
+    "CPO",
+    "cpo(nll_weight=0)+sft_tokens",
+    4,
+    {},
+    (*REWARDS, "logps/chosen"),
+  ),
+  "simpo": ("CPO", "simpo+sft_tokens", 4, dict(simpo_gamma=0.5), REWARDS),
+  "orpo": ("ORPO", "orpo", 1, {}, REWARDS),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_experimental_trainers(trl, alone, tmp_path, case):
+  trainer, name, batch, options, names = CASES[case]
+  module = importlib.import_module(f"trl.experimental.{trainer.lower()}")
+  options = options | (dict(loss_type=case) if trainer == "CPO" else {})
+  loss = bind(find(name), name, dict(beta=0.5))
+  with jax.enable_x64(True):
+    s = runs.little(alone, tmp_path, "float64")
+    if case == "orpo":
+      s = s._replace(pool=[row | dict(prompt="") for row in s.pool])
+    found, log = runs.on_pairs(
+      module, s, loss, runs.Run(batch), names, trainer, **options
+    )
+  runs.within(found, LIMITS, 1e-5)
+  runs.learnt(log)

@@ -5,20 +5,20 @@ import functools
 import flat
 import jax
 import jax.numpy as jnp
+from models import draw, make_mesh, put
 import numpy as np
 import pools
 import pytest
 import test_loop
 from test_loop import Killed, MODEL, UPDATES
 
-from jaxalign.core import checkpoints, sharding
+from jaxalign.core import checkpoints
 from jaxalign.core.errors import ConfigError, NumericError
 from jaxalign.eval import while_training
 from jaxalign.model import decoder
 from jaxalign.train import feed, log, loop, online
 from jaxalign.train import step as steps
 from jaxalign.train.batch import Logps
-from jaxalign.train.log import best_of, BestEvaluation
 from jaxalign.train.logps import PRODUCERS
 from jaxalign.train.losses import bind, LOSSES
 from jaxalign.train.metrics import common_metrics, divide, sums_and_counts
@@ -28,31 +28,21 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 DECAY, EVERY, MIX = 0.7, 2, 0.6
 
 
-@pytest.fixture
-def alone():
-  m = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
-  with jax.set_mesh(m):
-    yield m
-
-
 def producer():
   return PRODUCERS["chunked"](MODEL, 5)
 
 
 def extended(mesh):
   """A state and a step with a mean, and a reference that is refreshed."""
-  state = steps.begin_ema(online.begin_refresh(test_loop.fresh(mesh)))
+  state = online.begin_ema(online.begin_refresh(test_loop.fresh(mesh)))
   step = online.with_refresh(
     test_loop.train_step()[0], producer(), every=EVERY, mix=MIX
   )
-  return state, steps.keep_ema(step, DECAY)
+  return state, online.with_ema(step, DECAY)
 
 
 def host(x):
   return jax.device_get(x)
-
-
-# The mean and the reference beside their equations.
 
 
 def test_the_mean_and_the_reference_follow_their_equations(mesh):
@@ -95,14 +85,8 @@ def shared_rows():
   """Eleven pairs that share their prompts, as those that are packed do."""
   rng = np.random.default_rng(1)
   tokens = pools.pairs_of_tokens(rng, 11, 16, (2, 6), (1, 6))
-  counts = np.float32(np.diff(tokens.offsets) - tokens.start).reshape(11, 2)
-  return feed.TrainRows(
-    [f"row-{i:02d}" for i in range(11)],
-    tokens,
-    np.arange(22).reshape(11, 2),
-    0 * counts,
-    counts,
-  )
+  counts = np.float32(np.diff(tokens.offsets) - tokens.start)
+  return flat.train_rows(tokens, 2, 0 * counts, counts)
 
 
 @pytest.mark.parametrize(
@@ -116,29 +100,21 @@ def shared_rows():
 def test_an_online_reference_is_the_stored_one(mesh, layout, name):
   """Within 1e-5 nat a step: one was computed alone, one in the batch."""
   rows = shared_rows()
-  rng = np.random.default_rng(8)
-  reference = {
-    n: sharding.put(
-      mesh,
-      np.float32(rng.normal(1.0 if p.scale == 0 else 0.0, 0.3, p.shape)),
-      *p.axes,
-    )
-    for n, p in decoder.table(MODEL).items()
-  }
+  reference = put(mesh, MODEL, draw(MODEL, 8))
   ones = feed.Feed(mesh, rows, feed.Batching(8, 0, context=12))
-  total, public = np.zeros((11, 2), np.float32), np.zeros((11, 2), np.float32)
+  total, prefix = np.zeros((2, 11, 2), np.float32)
   for step in range(4):
     batch = ones.batch_at(step)
     one = jax.tree.map(lambda x: x[0], (batch.tokens, batch.mask))
     found = jax.jit(producer())(reference, *one)
     for k, i in enumerate(ones.ids_at(step)):
-      i = int(i[4:])
-      total[i], public[i] = host(found.sum)[k], host(found.common_prefix)[k]
+      i = int(i[1:])
+      total[i], prefix[i] = host(found.sum)[k], host(found.common_prefix)[k]
   assert (total < 0).all()
-  given = lambda total, public: rows._replace(
-    ref_sum=total, columns=dict(common_prefix=public)
+  given = lambda total, prefix: rows._replace(
+    ref_sum=total, columns=dict(common_prefix=prefix)
   )
-  stored, blank = given(total, public), given(0 * total, 0 * public)
+  stored, blank = given(total, prefix), given(0 * total, 0 * prefix)
   loss = bind(LOSSES[name], name, {})
   logs = []
   for given, reads in ((stored, None), (blank, reference)):
@@ -190,53 +166,46 @@ def test_kto_s_mismatched_rows_are_filled_too(alone):
 # Killed with all of it on.
 
 
-def measure_of(asked=None):
+def by_norm(params):
   """A pure function of the weights, with a best one midway."""
+  x = float(np.float64(host(params["norm"])).sum())
+  return dict(accuracy=-abs(x - 8.2), loss=x)
+
+
+def valued(values, seen=None):
+  """Evaluations whose accuracies are these, one after the other; `seen` gets
+  the weights."""
+  values = iter(values)
 
   def measure(params):
-    x = float(np.float64(host(params["norm"])).sum())
-    if asked is not None:
-      asked.append(x)
-    return dict(accuracy=-abs(x - 8.2), loss=x)
+    if seen is not None:
+      seen.append(host(params))
+    return dict(accuracy=next(values))
 
-  return measure
+  return dict(evaluations=dict(held_out=measure), best="held_out/accuracy")
 
 
 def everything(mesh, folder, killed_at=None, **changes):
-  fed = test_loop.feed_of(mesh)
-  batch_at, asked = fed.batch_at, []
+  """(the last state, the steps whose batches were made)."""
+  fed, steps = test_loop.feed_of(mesh), []
+  batch_at, at = fed.batch_at, test_loop.kill(killed_at)
 
-  def at(step):
-    if step == killed_at:
-      raise Killed
-    asked.append(step)
+  def watched(step):
+    at(step, None)
+    steps.append(step)
     return batch_at(step)
 
-  fed.batch_at = at
-  options = test_loop.options_of(
-    folder,
-    keep=3,
-    explode=50.0,
-    evaluations=dict(held_out=measure_of()),
-    eval_every=1,
-    best="held_out/loss",
-  )._replace(**changes)
-  return host(loop.fit(*extended(mesh), fed, options)), asked
+  fed.batch_at = watched
+  more = dict(eval_every=1, best="held_out/loss", keep=3, explode=50.0)
+  more |= dict(evaluations=dict(held_out=by_norm))
+  options = test_loop.options_of(folder, **more | changes)
+  return host(loop.run_updates(*extended(mesh), fed, options)), steps
 
 
 def files(folder):
   """The log, and the weights that are kept as best."""
-  best = checkpoints.restore_params(
-    folder / "best",
-    {
-      n: jax.ShapeDtypeStruct(
-        p.shape,
-        np.float32,
-        sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]),
-      )
-      for n, p in decoder.table(MODEL).items()
-    },
-  )
+  abstract = decoder.abstract(MODEL, make_mesh())
+  best = checkpoints.restore_params(folder / "best", abstract)
   return test_loop.log_of(folder), host(best)
 
 
@@ -255,13 +224,13 @@ def whole(mesh, once_a_mesh):
 @pytest.mark.parametrize(
   "k", [3, *(pytest.param(k, marks=pytest.mark.slow) for k in (1, 5))]
 )
-def test_a_killed_run_with_everything_on_goes_on_bit_for_bit(
+def test_a_killed_run_with_everything_on_is_resumed_bit_for_bit(
   mesh, whole, tmp_path, k
 ):
   with pytest.raises(Killed):
     everything(mesh, tmp_path, k)
-  state, asked = everything(mesh, tmp_path)
-  assert asked == list(range(asked[0], UPDATES)) and asked[0] >= k // 2 * 2
+  state, steps = everything(mesh, tmp_path)
+  assert steps == list(range(steps[0], UPDATES)) and steps[0] >= k // 2 * 2
   equal(state, whole[0])
   log, best = files(tmp_path)
   assert log == whole[1][0]
@@ -269,69 +238,37 @@ def test_a_killed_run_with_everything_on_goes_on_bit_for_bit(
 
 
 def test_the_best_weights_are_the_mean_of_their_step(alone, tmp_path):
-  seen = {}
-
-  def measure(params):
-    x = host(params)
-    seen[len(seen) + 1] = x
-    return dict(accuracy=[0.2, 0.6, 0.6, 0.5, 0.1, 0.3][len(seen) - 1])
-
-  state, _ = everything(
-    alone,
-    tmp_path,
-    evaluations=dict(held_out=measure),
-    best="held_out/accuracy",
-  )
+  values, seen = [0.2, 0.6, 0.6, 0.5, 0.1, 0.3], []
+  state, _ = everything(alone, tmp_path, **valued(values, seen))
   log, best = files(tmp_path)
-  equal(best, seen[2])  # the first of equals
-  equal(state.ema, seen[UPDATES])
-  assert [x["eval/held_out/accuracy"] for x in log] == [
-    0.2,
-    0.6,
-    0.6,
-    0.5,
-    0.1,
-    0.3,
-  ]
+  equal(best, seen[1])  # the first of equals
+  equal(state.ema, seen[-1])
+  assert [x["eval/held_out/accuracy"] for x in log] == values
 
 
 def test_a_run_ends_where_nothing_gets_better(alone, tmp_path, capsys):
-  def measure(params):
-    x = host(params)
-    norms.append(x)
-    return dict(accuracy=[0.2, 0.6, 0.6, 0.5, 0.9, 0.9][len(norms) - 1])
-
-  norms = []
-  more = dict(
-    evaluations=dict(held_out=measure), best="held_out/accuracy", stop_after=2
-  )
-  state, asked = everything(alone, tmp_path, **more)
-  assert asked == [0, 1, 2, 3] and state.step == 4
+  more = valued([0.2, 0.6, 0.6, 0.5, 0.9, 0.9]) | dict(stop_after=2)
+  state, steps = everything(alone, tmp_path, **more)
+  assert steps == [0, 1, 2, 3] and state.step == 4
   assert (
     "align: held_out/accuracy was best at step 2 (0.6) and not in 2 "
     "evaluations since; ended at step 4"
   ) in capsys.readouterr().out
-  again, asked = everything(alone, tmp_path, **more)  # it stays ended
-  assert asked == []
+  again, steps = everything(alone, tmp_path, **more)  # it stays ended
+  assert steps == []
   equal(again, state)
 
 
 def test_a_best_whose_weights_are_gone_counts_no_more(alone, tmp_path, capsys):
-  more = dict(best="held_out/accuracy")
-  falls = lambda values: dict(held_out=lambda _: dict(accuracy=values.pop(0)))
   with pytest.raises(Killed):
-    everything(
-      alone, tmp_path, 5, evaluations=falls([0.9, 0.3, 0.2, 0.2, 0.1]), **more
-    )
+    everything(alone, tmp_path, 5, **valued([0.9, 0.3, 0.2, 0.2, 0.1]))
   for path in (tmp_path / "best").rglob("*"):
     if path.is_file() and path.stat().st_size > 200:
       test_loop.flip(path)
-  state, asked = everything(
-    alone, tmp_path, evaluations=falls([0.4, 0.5]), **more
-  )
+  state, steps = everything(alone, tmp_path, **valued([0.4, 0.5]))
   out = capsys.readouterr().out
   assert "the weights of the best held_out/accuracy, of step 1, are gone" in out
-  assert asked == [4, 5]
+  assert steps == [4, 5]
   equal(files(tmp_path)[1], state.ema)  # of 0.5, the last
 
 
@@ -359,7 +296,7 @@ def test_an_exploding_loss_stops_with_its_rows(alone, tmp_path):
   def run(folder, **more):
     options = test_loop.options_of(folder, updates=16, save_every=1, **more)
     state, step = test_loop.fresh(alone), test_loop.train_step()[0]
-    return loop.fit(state, step, fed, options)
+    return loop.run_updates(state, step, fed, options)
 
   with pytest.raises(NumericError) as caught:
     run(tmp_path / "a", explode=4.0)
@@ -381,40 +318,50 @@ def lines_of(name, values, **more):
   ]
 
 
-def test_explosion_is_against_the_start_and_the_recent_median():
-  of = functools.partial(lines_of, "train/loss")
-  assert log.exploded(of([1.7] * 9), 1e9, 3.0) is None  # too few
-  assert log.exploded(of([1.7] * 10), 5.2, 3.0) == pytest.approx(5.1)
-  assert log.exploded(of([1.7] * 10), 5.0, 3.0) is None
-  assert log.exploded(of([1.7] * 10), 5.2, 0.0) is None
-  fitted = of([1.7] + [0.001] * 60)
-  assert log.exploded(fitted, 5.0, 3.0) is None
-  assert log.exploded(fitted, 5.2, 3.0) == pytest.approx(5.1)
-  # Losses about 0, and below it.
-  for value in (0.0, 1e-9, -0.3):
-    assert log.exploded(of([value] * 60), 2.9, 3.0) is None
-    assert log.exploded(of([value] * 60), 3.1, 3.0) == pytest.approx(3.0)
-  assert log.exploded(of([-9.0] * 60), 26.9, 3.0) is None
-  assert log.exploded(of([-9.0] * 60), -500.0, 3.0) is None  # it got better
-  risen = of([0.7] * 5 + [4.0] * 60)  # only the newest fifty
-  assert log.exploded(risen, 11.9, 3.0) is None
-  assert log.exploded(risen, 12.1, 3.0) == pytest.approx(12.0)
+RISEN = [0.7] * 5 + [4.0] * 60  # only the newest fifty count
+
+
+@pytest.mark.parametrize(
+  "losses,loss,factor,bound",
+  [
+    ([1.7] * 9, 1e9, 3.0, None),  # too few
+    ([1.7] * 10, 5.2, 3.0, 5.1),
+    ([1.7] * 10, 5.0, 3.0, None),
+    ([1.7] * 10, 5.2, 0.0, None),
+    ([1.7] + [0.001] * 60, 5.0, 3.0, None),
+    ([1.7] + [0.001] * 60, 5.2, 3.0, 5.1),
+    *(  # losses about 0, and below it
+      ([value] * 60, loss, 3.0, bound)
+      for value in (0.0, 1e-9, -0.3)
+      for loss, bound in ((2.9, None), (3.1, 3.0))
+    ),
+    ([-9.0] * 60, 26.9, 3.0, None),
+    ([-9.0] * 60, -500.0, 3.0, None),  # it got better
+    (RISEN, 11.9, 3.0, None),
+    (RISEN, 12.1, 3.0, 12.0),
+  ],
+)
+def test_explosion_is_against_the_first_and_the_recent_median(
+  losses, loss, factor, bound
+):
+  found = log.exploded(lines_of("train/loss", losses), loss, factor)
+  assert found == (bound and pytest.approx(bound))
 
 
 def test_a_long_log_is_not_read_at_every_update():
   class Lines(list):
     def __getitem__(self, key):
-      asked.append(key)
+      read.append(key)
       return super().__getitem__(key)
 
     def __iter__(self):
       raise AssertionError("all lines were read")
 
-  asked = []
+  read = []
   lines = Lines(lines_of("train/loss", [2.0] * 100))
   assert log.exploded(lines, 41.0, 20.0) == 40.0
-  assert asked == [slice(-50, None), 0] or asked == [0, slice(-50, None)]
-  assert log.exploded(lines, 41.0, 0.0) is None and len(asked) == 2
+  assert read == [slice(-50, None), 0] or read == [0, slice(-50, None)]
+  assert log.exploded(lines, 41.0, 0.0) is None and len(read) == 2
 
 
 def test_the_default_lets_hard_batches_pass_and_ends_what_runs_away():
@@ -439,7 +386,7 @@ def drifting(chosen, rejected, length=10.0, n=20):
   )
 
 
-def test_likelihood_displacement_is_said_in_words():
+def test_likelihood_displacement_is_explained():
   text = log.displaced(drifting(-12.0, -30.0))
   assert "12.0 nats less likely than under the reference (1.20 a token)" in text
   assert "margin grows to 18.0" in text and "displacement" in text
@@ -455,7 +402,7 @@ def test_likelihood_displacement_is_said_in_words():
   assert log.displaced(drifting(5.0, -30.0, n=9) + drifting(-12.0, -30.0)) != ""
 
 
-def test_a_collapse_is_said_in_words():
+def test_a_collapse_is_explained():
   of = lambda *ended: [
     {"step": k, "eval/generations/ended": x, "eval/generations/empty": 0.0}
     for k, x in enumerate(ended)
@@ -465,64 +412,47 @@ def test_a_collapse_is_said_in_words():
   assert text.startswith("50% of the generated answers") and "(10% at" in text
 
 
-def test_the_best_is_the_first_of_equals_and_knows_its_direction():
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+  "values,name,best",
+  [
+    # The first of equals; of a loss less is better.
+    ((None, 0.5, None, 0.7, 0.7, 0.6), "rest/accuracy", (4, 0.7, 2)),
+    ((None, 0.5, None, 0.7, 0.7, 0.6), "rest/loss", (2, 0.5, 3)),
+    ((0.5, 0.7), "kept/loss", (0, 0.0, 0)),
+    *(
+      case
+      for bad in (NAN, INF, -INF)
+      for case in (
+        ((bad, 0.5, 0.9), "rest/accuracy", (3, 0.9, 0)),
+        ((bad, 0.5, 0.9), "rest/loss", (2, 0.5, 1)),
+        # Behind a best one it is an evaluation without a better one.
+        ((0.5, bad, 0.4), "rest/accuracy", (1, 0.5, 2)),
+        ((bad, bad), "rest/loss", (0, 0.0, 0)),
+      )
+    ),
+  ],
+)
+def test_the_best_evaluation(values, name, best):
+  of = lambda v: {"eval/rest/accuracy": v, "eval/rest/loss": v}
   lines = [
-    dict(
-      step=k,
-      **({} if v is None else {"eval/rest/accuracy": v, "eval/rest/loss": v}),
-    )
-    for k, v in enumerate([None, 0.5, None, 0.7, 0.7, 0.6])
+    {"step": k} | ({} if v is None else of(v)) for k, v in enumerate(values)
   ]
-  assert best_of(lines, "rest/accuracy") == BestEvaluation(4, 0.7, 2)
-  assert best_of(lines, "rest/loss") == BestEvaluation(2, 0.5, 3)
-  assert best_of(lines, "kept/loss") == BestEvaluation(0, 0.0, 0)
-
-
-def test_what_is_not_finite_is_not_the_best():
-  def of(*values):
-    return [
-      {"step": k, "eval/rest/accuracy": v, "eval/rest/loss": v}
-      for k, v in enumerate(values)
-    ]
-
-  nan, inf = float("nan"), float("inf")
-  for bad in (nan, inf, -inf):
-    for name, best in (
-      ("accuracy", BestEvaluation(3, 0.9, 0)),
-      ("loss", BestEvaluation(2, 0.5, 1)),
-    ):
-      assert best_of(of(bad, 0.5, 0.9), f"rest/{name}") == best
-    # Behind a best one it is an evaluation without a better one.
-    assert best_of(of(0.5, bad, 0.4), "rest/accuracy") == BestEvaluation(
-      1, 0.5, 2
-    )
-    assert best_of(of(bad, bad), "rest/loss") == BestEvaluation(0, 0.0, 0)
+  assert log.best_of(lines, name) == best
 
 
 def test_the_weights_after_a_measure_that_is_not_finite(alone, tmp_path):
   seen = []
-
-  def measure(params):
-    seen.append(host(params))
-    return dict(accuracy=[np.nan, 0.5, 0.9, 0.1, np.inf, 0.2][len(seen) - 1])
-
-  everything(
-    alone,
-    tmp_path,
-    evaluations=dict(held_out=measure),
-    best="held_out/accuracy",
-  )
+  more = valued([NAN, 0.5, 0.9, 0.1, INF, 0.2], seen)
+  everything(alone, tmp_path, **more)
   equal(files(tmp_path)[1], seen[2])
   with pytest.raises(NumericError, match="held_out/accuracy was finite at no"):
-    everything(
-      alone,
-      tmp_path / "none",
-      best="held_out/accuracy",
-      evaluations=dict(held_out=lambda _: dict(accuracy=np.nan)),
-    )
+    everything(alone, tmp_path / "none", **valued([NAN] * UPDATES))
 
 
-def test_an_alarm_is_said_once_and_marked_at_every_step(
+def test_an_alarm_is_printed_once_and_marked_at_every_step(
   alone, tmp_path, capsys
 ):
   real = test_loop.train_step()[0]
@@ -536,7 +466,9 @@ def test_an_alarm_is_said_once_and_marked_at_every_step(
     }
 
   options = test_loop.options_of(tmp_path, updates=23, save_every=100)
-  loop.fit(test_loop.fresh(alone), falling, test_loop.feed_of(alone), options)
+  loop.run_updates(
+    test_loop.fresh(alone), falling, test_loop.feed_of(alone), options
+  )
   out = capsys.readouterr().out
   assert out.count("likelihood displacement") == 1
   assert "align, step 19: the chosen answers are 10.0 nats" in out
@@ -553,30 +485,25 @@ def test_drift_and_lengths_are_sums_and_counts():
     jnp.array([[-3.0, -9.0], [-5.0, -4.0]]), jnp.array([[2.0, 3.0], [4.0, 1.0]])
   )
   ref = Logps(jnp.array([[-4.0, -7.0], [-4.5, -4.0]]), policy.count)
-  pairs = {
-    n: x.tolist()
-    for n, x in sums_and_counts(common_metrics(policy, ref, None, True)).items()
-  }
-  assert pairs == {
+
+  def totals(*of):
+    found = sums_and_counts(common_metrics(*of))
+    return {n: x.tolist() for n, x in found.items()}
+
+  assert totals(policy, ref, None, True) == {
     "drift/chosen": [0.5, 2],
     "drift/rejected": [-2, 2],
     "lengths/chosen": [6, 2],
     "lengths/rejected": [4, 2],
   }
-  first = lambda x: Logps(x.sum[:, 1:], x.count[:, 1:])
-  unpaired = {
-    n: x.tolist()
-    for n, x in sums_and_counts(
-      common_metrics(first(policy), first(ref), jnp.array([False, True]), True)
-    ).items()
-  }
-  assert unpaired == {
+  second = [Logps(x.sum[:, 1:], x.count[:, 1:]) for x in (policy, ref)]
+  assert totals(*second, jnp.array([False, True]), True) == {
     "drift/chosen": [0, 1],
     "drift/rejected": [-2, 1],
     "lengths/chosen": [1, 1],
     "lengths/rejected": [3, 1],
   }
-  assert "drift/chosen" not in common_metrics(policy, ref, None, False)
+  assert "drift/chosen" not in totals(policy, ref, None, False)
 
 
 # Knobs.

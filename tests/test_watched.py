@@ -26,6 +26,7 @@ from jaxalign.model.flops import decoder_flops
 from jaxalign.model.job import Arm, arm_folder, Job, sft_sizes
 from jaxalign.train import feed, losses
 from jaxalign.train.losses import bind, LOSSES
+from jaxalign.train.training_cost import training_cost
 
 MODEL = decoder.ModelConfig(
   layers=1,
@@ -343,7 +344,7 @@ def test_a_job_that_watches_everything(tmp_path, config):
   if each == 1:
     other = feed.make_mismatched(rows, batching, updates)
     rows = rows._replace(mismatched=feed.MismatchedRows(other, None))
-  train, _ = feed.training_cost(m, rows, batching, updates, online=True)
+  train, _ = training_cost(m, rows, batching, updates, online=True)
   said = round(sum(x["eval/generations/flops"] for x in found))
   lengths = tokens_lib.row_lengths(tokens)
   held = tokens_lib.row_lengths(job.tokens("held_out"))

@@ -1,4 +1,4 @@
-"""SkillWorld: the reward by hand, the knobs' shares, one piece a word."""
+"""SkillWorld: the reward by hand, its knobs as fractions, one piece a word."""
 
 import functools
 
@@ -7,32 +7,36 @@ import pytest
 
 from configs import common
 from jaxalign.core.errors import ConfigError
-from jaxalign.data import tokenizer
 from jaxalign.data import world as worlds
+from jaxalign.data.tokenizer import Tokenizer, train_tokenizer
+
+SIDES = ("chosen", "rejected")
 
 
-def knobs(**changes):
-  return (
-    common.base().data.world.to_dict()
-    | dict(sft_rows=400, pool_rows=4000, held_out_rows=300)
-    | changes
-  )
+def built(seed=0, **changes):
+  sizes = dict(sft_rows=400, pool_rows=4000, held_out_rows=300)
+  knobs = common.base().data.world.to_dict() | sizes | changes
+  return worlds.build_world(knobs, seed)
 
 
-@functools.lru_cache
-def default():
-  world = worlds.build_world(knobs(), 0)
+def made(seed=0, **changes):
+  """A world, and the rows that it draws with the seed 1."""
+  world = built(seed, **changes)
   return world, worlds.generate_rows(world, 1)
+
+
+default = functools.cache(made)
 
 
 # The reward, on a world small enough to write down.
 
 
 def tiny(operation):
-  """Two topics; their cluster's operation is the one asked for."""
+  """Two topics, whose cluster has the operation."""
   number = worlds.OPERATIONS.index(operation)
+  synonyms = [["cat", "puss", "tom"], ["dog", "cur", "pup"]]
   words = dict(
-    synonyms=[["cat", "puss", "tom"], ["dog", "cur", "pup"]],
+    synonyms=synonyms,
     forms=["please"],
     arguments=["a0", "a1", "a2", "a3", "a4"],
     openers=["hi", "yo"],
@@ -45,7 +49,7 @@ def tiny(operation):
     np.array([0.6, 0.4]),
     np.array([[1.0, -1.0], [0.25, 0.5]]),
     np.array([0.75, -0.5]),
-    dict(cat=0, puss=0, tom=0, dog=1, cur=1, pup=1),
+    {word: i for i, names in enumerate(synonyms) for word in names},
     np.array([number, number]),
     np.array([1, 1, 1, 3]),
   )
@@ -56,20 +60,15 @@ PROMPT = "ask cat puss please a4 a1 a3 then"
 
 @pytest.mark.parametrize(
   "operation,right",
-  [
-    ("copy", "a4 a1 a3"),
-    ("reverse", "a3 a1 a4"),
-    ("sort", "a1 a3 a4"),
-    ("shift", "a2 a4 a1"),
-  ],
+  [("copy", "a4 a1 a3"), ("reverse", "a3 a1 a4"), ("sort", "a1 a3 a4")]
+  + [("shift", "a2 a4 a1")],
 )
 def test_the_right_answer_earns_everything(operation, right):
   world = tiny(operation)
   assert worlds.answer(world, 0, ["a4", "a1", "a3"]) == right.split()
   # Opener 1, closer 0.75, arguments 2.
   assert worlds.reward(world, PROMPT, f" hi {right} bye") == 3.75
-  wrong = "a0 a0 a0"
-  assert worlds.reward(world, PROMPT, f" hi {wrong} bye") == 1.75
+  assert worlds.reward(world, PROMPT, " hi a0 a0 a0 bye") == 1.75
 
 
 @pytest.mark.parametrize(
@@ -92,141 +91,99 @@ def test_the_opener_s_worth_is_the_topic_s():
   """Topic dog likes yo better; any synonym in second place names it."""
   for word in ("dog", "cur", "pup"):
     prompt = f"ask {word} dog please a0 a1 a2 then"
-    got = [
-      worlds.reward(tiny("copy"), prompt, f" {o} a0 a1 a2 bye")
-      for o in ("hi", "yo")
-    ]
-    assert got == [0.25 + 0.75 + 2, 0.5 + 0.75 + 2]
+    for opener, wanted in (("hi", 0.25 + 0.75 + 2), ("yo", 0.5 + 0.75 + 2)):
+      response = f" {opener} a0 a1 a2 bye"
+      assert worlds.reward(tiny("copy"), prompt, response) == wanted
+
+
+RIGHT = " hi a4 a1 a3 bye"
 
 
 @pytest.mark.parametrize(
-  "response",
+  "prompt, response",
   [
-    "",
-    " ",
-    "bye",
-    " hi bye",
-    " hi a4 a1 bye",  # an argument too few
-    " a4 a1 a3 bye",
-    " um a4 a1 a3 bye",  # no opener
-    " hi a4 a1 a3",
-    " hi a4 a1 a3 um",
-    " hi a4 a1 a3 hi",  # no closer
-    " hi a4 um a3 bye",
-    " hi a4 a1 cat bye",  # an argument that is none
-    " hi a4 a1 a3 a0 bye",  # one too many
-    " hi a4 a1 a3 um um um um bye",  # four fillers
-    " hi a4 a1 a3 bye bye",
-    " hi a4 a1 a3 bye um",
-    " hia4 a1 a3 bye",
-    " HI a4 a1 a3 bye",
-  ],
+    (x, RIGHT)
+    for x in ("", "ask", "cat", PROMPT.replace("cat puss", "bird puss"))
+  ]
+  + [(PROMPT, x) for x in ("", " ", "bye", " hi bye", " hi a4 a1 a3")]
+  # An argument too few, or too many; no opener; no closer.
+  + [(PROMPT, " hi a4 a1 bye"), (PROMPT, " hi a4 a1 a3 a0 bye")]
+  + [(PROMPT, " a4 a1 a3 bye"), (PROMPT, " um a4 a1 a3 bye")]
+  + [(PROMPT, " hi a4 a1 a3 um"), (PROMPT, " hi a4 a1 a3 hi")]
+  # An argument that is none, four fillers, words of another case or place.
+  + [(PROMPT, " hi a4 um a3 bye"), (PROMPT, " hi a4 a1 cat bye")]
+  + [(PROMPT, " hi a4 a1 a3 um um um um bye"), (PROMPT, " hi a4 a1 a3 bye bye")]
+  + [(PROMPT, " hi a4 a1 a3 bye um"), (PROMPT, " hia4 a1 a3 bye")]
+  + [(PROMPT, " HI a4 a1 a3 bye")],
 )
-def test_malformed_answers(response):
-  assert worlds.reward(tiny("copy"), PROMPT, response) == -5.0
-
-
-@pytest.mark.parametrize(
-  "prompt", ["", "ask", "cat", "ask bird puss please a4 a1 a3 then"]
-)
-def test_a_prompt_that_asks_nothing(prompt):
-  assert worlds.reward(tiny("copy"), prompt, " hi a4 a1 a3 bye") == -5.0
+def test_malformed_answers_and_prompts(prompt, response):
+  assert worlds.reward(tiny("copy"), prompt, response) == -5.0
 
 
 # What is drawn.
 
 
-def fewer_world(**changes):
-  return worlds.build_world(
-    knobs(sft_rows=1, pool_rows=100, held_out_rows=1) | changes, 0
-  )
-
-
 def test_the_same_seed_is_the_same_world():
   world, rows = default()
-  again = worlds.build_world(knobs(), 0)
-  for a, b in zip(world, again):
+  for a, b in zip(world, built()):
     assert np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b
-  other = worlds.build_world(knobs(), 1)
+  other = built(seed=1)
   assert (other.opener_value != world.opener_value).any()
   assert other.words == world.words  # the words are everyone's
   # Fewer rows are the first of them; one split does not move another.
-  fewer = worlds.generate_rows(worlds.build_world(knobs(pool_rows=500), 0), 1)
+  _, fewer = made(pool_rows=500)
   assert fewer["pool"] == rows["pool"][:500]
   assert (fewer["sft"], fewer["held_out"]) == (rows["sft"], rows["held_out"])
-  assert worlds.generate_rows(fewer_world(), 2)["pool"] != rows["pool"][:100]
+  small = built(sft_rows=1, pool_rows=100, held_out_rows=1)
+  assert worlds.generate_rows(small, 2)["pool"] != rows["pool"][:100]
 
 
 def test_the_truth_is_drawn_as_written():
   """Q's variance is 1 + 0.49 + 0.49, G's 0.49; a topic is Zipf."""
-  q, g, p = [], [], default()[0].topic_p
-  for seed in range(300):
-    world = worlds.build_world(knobs(), seed)
-    q.append(world.opener_value)
-    g.append(world.closer_value)
-  q, g = np.array(q), np.array(g)
+  worlds_ = [built(seed=seed) for seed in range(300)]
+  q = np.array([world.opener_value for world in worlds_])
+  g = np.array([world.closer_value for world in worlds_])
   assert q[:, 0, 0].var() == pytest.approx(1.98, rel=0.2)
   assert g.var() == pytest.approx(0.49, rel=0.1)
   # Of two topics that share nothing but the global part: covariance 1.
-  world = default()[0]
+  world = worlds_[0]
   a, b = 0, int(np.flatnonzero(world.cluster_of != world.cluster_of[0])[0])
-  far = np.mean(
-    [
-      np.mean(q[i, a] * q[i, b])
-      for i in range(300)
-      if _cluster(i)[a] != _cluster(i)[b]
-    ]
-  )
+  apart = [w.cluster_of[a] != w.cluster_of[b] for w in worlds_]
+  far = (q[apart, a] * q[apart, b]).mean()
   assert far == pytest.approx(1.0, rel=0.15)
+  p = world.topic_p
   np.testing.assert_allclose(p * np.arange(1, 65), p[0])
   assert p.sum() == pytest.approx(1.0)
   assert sorted(np.bincount(world.cluster_of)) == [8] * 8
 
 
-@functools.cache
-def _cluster(seed):
-  return worlds.build_world(knobs(), seed).cluster_of
-
-
 def test_topics_come_as_often_as_zipf_says():
   world, rows = default()
-  seen = np.bincount(
-    [worlds.topic(world, r["prompt"]) for r in rows["pool"]], minlength=64
-  )
+  topics = [worlds.topic(world, r["prompt"]) for r in rows["pool"]]
   wanted = world.topic_p * 4000
-  assert ((seen - wanted) ** 2 / wanted).sum() < 103.4  # 63 degrees, p = 0.001
+  off = np.bincount(topics, minlength=64) - wanted
+  assert (off**2 / wanted).sum() < 103.4  # 63 degrees, p = 0.001
 
 
-def disagree(world, rows):
-  """Share of pairs whose chosen answer is truly worse."""
-  gap = [
-    worlds.reward(world, r["prompt"], r["chosen"])
-    - worlds.reward(world, r["prompt"], r["rejected"])
-    for r in rows
-  ]
-  return np.mean(np.array(gap) < 0)
+def gaps(world, rows):
+  """[n] true reward of the chosen answer less that of the rejected one."""
+  value = lambda row, side: worlds.reward(world, row["prompt"], row[side])
+  return np.array([value(r, "chosen") - value(r, "rejected") for r in rows])
 
 
 def test_about_14_percent_of_labels_disagree_with_the_truth():
   rates = []
   for seed in range(6):
-    world = worlds.build_world(
-      knobs(sft_rows=1, held_out_rows=1, pool_rows=1200), seed
-    )
-    rates.append(disagree(world, worlds.generate_rows(world, seed)["pool"]))
+    world = built(seed, sft_rows=1, held_out_rows=1, pool_rows=1200)
+    pool = worlds.generate_rows(world, seed)["pool"]
+    rates.append((gaps(world, pool) < 0).mean())
   assert 0.12 < np.mean(rates) < 0.16, rates
 
 
 def test_labels_are_bradley_terry():
   """P(chosen better) by gap is the logistic of gap / temperature."""
-  world = worlds.build_world(knobs(pool_rows=5000, temperature=1.0), 0)
-  gap = np.array(
-    [
-      worlds.reward(world, r["prompt"], r["chosen"])
-      - worlds.reward(world, r["prompt"], r["rejected"])
-      for r in worlds.generate_rows(world, 1)["pool"]
-    ]
-  )
+  world, rows = made(pool_rows=5000, temperature=1.0)
+  gap = gaps(world, rows["pool"])
   for low, high in ((0.2, 0.6), (0.8, 1.2), (1.6, 2.4)):
     inside = (np.abs(gap) > low) & (np.abs(gap) < high)
     wanted = (1 / (1 + np.exp(-np.abs(gap[inside])))).mean()
@@ -235,82 +192,62 @@ def test_labels_are_bradley_terry():
 
 
 def test_flips_turn_labels_around():
-  world = worlds.build_world(knobs(flips=0.3), 0)
-  straight, rows = default()[1], worlds.generate_rows(world, 1)
-  rate = disagree(world, straight["pool"])
+  (world, rows), (_, straight) = made(flips=0.3), default()
+  rate = (gaps(world, straight["pool"]) < 0).mean()
   wanted = 0.3 * (1 - rate) + 0.7 * rate
-  assert abs(disagree(world, rows["pool"]) - wanted) < 0.04
+  assert abs((gaps(world, rows["pool"]) < 0).mean() - wanted) < 0.04
   assert rows["held_out"] == straight["held_out"]  # measured on clean labels
 
 
-@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
-def test_redundancy_repeats_twenty_prompts(share):
-  rows = worlds.generate_rows(
-    worlds.build_world(knobs(redundancy=share), 0), 1
-  )["pool"]
-  prompts = [r["prompt"] for r in rows]
+@pytest.mark.parametrize("fraction", [0.0, 0.25, 1.0])
+def test_redundancy_repeats_twenty_prompts(fraction):
+  prompts = [r["prompt"] for r in made(redundancy=fraction)[1]["pool"]]
   names, counts = np.unique(prompts, return_counts=True)
-  top = np.sort(counts)[-20:]
-  error = 4 * np.sqrt(4000 * max(share * (1 - share), 0.002))
-  assert abs(top.sum() - 4000 * share) < error + 60
-  assert (len(names) <= 20) == (share == 1.0)
+  error = 4 * np.sqrt(4000 * max(fraction * (1 - fraction), 0.002))
+  assert abs(np.sort(counts)[-20:].sum() - 4000 * fraction) < error + 60
+  assert (len(names) <= 20) == (fraction == 1.0)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.2])
-def test_junk_is_random_words(share):
-  world = worlds.build_world(knobs(junk=share), 0)
-  rows = worlds.generate_rows(world, 1)["pool"]
-  bad = np.mean(
-    [
-      all(
-        worlds.reward(world, r["prompt"], r[side]) == -5.0
-        for side in ("chosen", "rejected")
-      )
-      for r in rows
-    ]
-  )
-  assert (
-    abs(bad - share) < 4 * np.sqrt(max(share * (1 - share), 1e-9) / 4000) + 1e-9
-  )
+@pytest.mark.parametrize("fraction", [0.0, 0.2])
+def test_junk_is_random_words(fraction):
+  world, rows = made(junk=fraction)
+  value = lambda row, side: worlds.reward(world, row["prompt"], row[side])
+  bad = [all(value(r, side) == -5.0 for side in SIDES) for r in rows["pool"]]
+  error = 4 * np.sqrt(max(fraction * (1 - fraction), 1e-9) / 4000)
+  assert abs(np.mean(bad) - fraction) < error + 1e-9
 
 
 def test_the_rows_of_the_splits():
   world, rows = default()
-  assert {n: len(r) for n, r in rows.items()} == dict(
-    sft=400, pool=4000, held_out=300
-  )
-  for r in rows["pool"] + rows["held_out"]:
-    assert r["chosen"] != r["rejected"]
-    for side in ("chosen", "rejected"):
+  value = lambda row, side: worlds.reward(world, row["prompt"], row[side])
+  sizes = {name: len(split) for name, split in rows.items()}
+  assert sizes == dict(sft=400, pool=4000, held_out=300)
+  for row in rows["pool"] + rows["held_out"]:
+    assert row["chosen"] != row["rejected"]
+    for side in SIDES:
       # A bad answer may be worth less than a malformed one, never the same.
-      assert worlds.reward(world, r["prompt"], r[side]) != -5.0
+      assert value(row, side) != -5.0
   assert set(rows["sft"][0]) == {"prompt", "response"}
-  assert set(rows["held_out"][0]) == {"prompt", "chosen", "rejected", "target"}
+  assert set(rows["held_out"][0]) == {"prompt", *SIDES, "target"}
   # The target is the better of two: it beats a single candidate's mean.
-  target = [
-    worlds.reward(world, r["prompt"], r["target"]) for r in rows["held_out"]
-  ]
-  single = [
-    worlds.reward(world, r["prompt"], r["response"]) for r in rows["sft"]
-  ]
-  assert np.mean(target) > np.mean(single) + 0.3
+  target = np.mean([value(row, "target") for row in rows["held_out"]])
+  assert target > np.mean([value(row, "response") for row in rows["sft"]]) + 0.3
 
 
-def test_arguments_are_corrupted_as_often_as_asked():
+def test_arguments_are_corrupted_as_often_as_configured():
   """A quarter is drawn anew; one redraw in 16 is right again."""
   world, rows = default()
   right = []
-  for r in rows["sft"]:
-    wanted = worlds.answer(
-      world, worlds.topic(world, r["prompt"]), r["prompt"].split()[4:8]
-    )
-    right += [a == b for a, b in zip(wanted, r["response"].split()[1:5])]
+  for row in rows["sft"]:
+    topic, words = worlds.topic(world, row["prompt"]), row["prompt"].split()
+    wanted = worlds.answer(world, topic, words[4:8])
+    right += [a == b for a, b in zip(wanted, row["response"].split()[1:5])]
   assert np.mean(right) == pytest.approx(1 - 0.25 * 15 / 16, abs=0.04)
 
 
 def test_more_words_than_there_are():
   with pytest.raises(ConfigError, match="980 exist; set config.data.world"):
-    worlds.build_world(knobs(topics=400), 0)
+    built(topics=400)
   assert len(set(worlds._words(980))) == 980
 
 
@@ -318,16 +255,12 @@ def test_one_piece_a_word():
   world, rows = default()
   texts = [r["prompt"] + r["response"] for r in rows["sft"]]
   texts += [r["prompt"] + r["chosen"] for r in rows["pool"]]
-  tok = tokenizer.Tokenizer(tokenizer.train_tokenizer(texts, 1024))
+  tok = Tokenizer(train_tokenizer(texts, 1024))
   for text in texts[:300]:
     ids = tok.encode(text)
     assert len(ids) == len(text.split())
     assert tok.decode(ids) == text
-  words = [
-    w
-    for role in world.words.values()
-    for w in (sum(role, []) if isinstance(role[0], list) else role)
-  ]
+  words = np.concatenate([np.ravel(names) for names in world.words.values()])
   seen = {w for t in texts for w in t.split()}
   assert seen <= {"ask", "then", *words}
   for word in seen - {"ask"}:  # "ask" only ever opens a text

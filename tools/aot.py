@@ -52,6 +52,7 @@ from jaxalign.train import step as steps
 from jaxalign.train.batch import Batch, Logps, MismatchedBatch
 from jaxalign.train.logps import PRODUCERS
 from jaxalign.train.losses import bind, find, loss_of
+from jaxalign.train.packed_shapes import needed_shape, round_up
 from jaxalign.train.statistics import init_statistics
 from jaxalign.train.trainer import ALLORA_ETA
 from tools.aot_text import (
@@ -126,10 +127,10 @@ def dense_row(
   tokens = assumed_rows(rows, responses, length, prompt)
   index = np.arange(rows * responses).reshape(-1, responses if share else 1)
   answers = np.full(index.shape, length - prompt)
-  longest = packing.up(
+  longest = round_up(
     tokens_lib.longest_row(tokens_lib.row_lengths(tokens), length)
   )
-  shape = packing.need(answers[:, 0] * 0 + prompt, answers, longest)
+  shape = needed_shape(answers[:, 0] * 0 + prompt, answers, longest)
   return packing.pack(shape, tokens, index, answers)
 
 

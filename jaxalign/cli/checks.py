@@ -64,7 +64,7 @@ def _check_stages(c: Any, kind: str, m: decoder.ModelConfig) -> None:
         f"proxy.pairs={c.proxy.pairs}, wanted more than 0; set "
         "config.proxy.pairs"
       )
-    proxies.check(c)
+    proxies.check_proxies(c)
     _check_recipe(c.train, c.proxy.lr)  # theirs, but for the rate
 
 
@@ -110,7 +110,7 @@ def validate(c: Any, planned: bool = False, trains: bool = True) -> None:
 
 def _check_recipe(t: Any, lr: float) -> None:
   """Raises ConfigError for a batch or a schedule that cannot be."""
-  feed.check_divides(t.batch_size, t.accumulation, "config.train")
+  feed.check_batch(t.batch_size, t.accumulation, None, "config.train")
   optim.make_schedule(
     lr=lr, updates=10, schedule=t.schedule, warmup_ratio=t.warmup_ratio
   )

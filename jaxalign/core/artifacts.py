@@ -36,6 +36,10 @@ class Cost:
   seconds: float = 0.0
   bytes: int = 0  # written
 
+  def __add__(self, other: "Cost") -> "Cost":
+    both = zip(dataclasses.astuple(self), dataclasses.astuple(other))
+    return Cost(*map(sum, both))
+
 
 @dataclasses.dataclass
 class Record:

@@ -18,12 +18,10 @@ from jaxalign.model import decode, decoder
 from jaxalign.model.job import Arm, Job, WHOLE
 from jaxalign.select.choose import selected_rows
 from jaxalign.train import align, online
-from jaxalign.train import step as steps
-from jaxalign.train.align import Watched
+from jaxalign.train.align import train_price, Watched
 from jaxalign.train.batch import Logps
 from jaxalign.train.logps import PRODUCERS
 from jaxalign.train.losses import loss_of
-from jaxalign.train.ref_logps import train_price
 from jaxalign.train.trackers import check_trackers
 
 SETS = ("held_out", "kept", "rest", "generations")
@@ -175,7 +173,7 @@ def _extend(job: Job) -> Callable[[Any, Callable], tuple[Any, Callable]]:
       logps_fn, options = producer(job.model)
       step = online.with_reference(step, logps_fn, job.reference, options)
     if t.ema:
-      state, step = steps.begin_ema(state), steps.keep_ema(step, t.ema)
+      state, step = online.begin_ema(state), online.with_ema(step, t.ema)
     return state, step
 
   return extended
@@ -200,8 +198,7 @@ def evaluation_cost(
       {n[len(prefix) :]: v for n, v in line.items() if n.startswith(prefix)}
       for line in lines
     ]
-    cost = one.cost([x for x in values if x])
-    total = Cost(total.flops + cost.flops, total.tokens + cost.tokens)
+    total += one.cost([x for x in values if x])
   return total
 
 

@@ -23,6 +23,7 @@ from jaxalign.select.samplers import chains
 from jaxalign.study.plan import with_predictions
 from jaxalign.train import feed
 from jaxalign.train.statistics import needs_batch_logps
+from jaxalign.train.training_cost import training_cost
 
 SELECTION = (
   "embed",
@@ -188,9 +189,7 @@ def _everything(job: Job) -> int:
     n, c.batch_size, c.epochs, c.max_updates, c.min_updates
   )
   batching = feed.Batching(c.batch_size, job.c.seed)
-  cost = lambda m, **how: feed.training_cost(m, rows, batching, updates, **how)[
-    0
-  ]
+  cost = lambda m, **how: training_cost(m, rows, batching, updates, **how)[0]
   ahead, online = needs_batch_logps(job.loss), c.reference == "online"
   align = cost(job.policy, ahead=ahead, online=online)
   if "z0" in job.loss.stats:

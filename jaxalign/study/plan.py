@@ -23,9 +23,10 @@ from jaxalign.model.flops import decoder_flops
 from jaxalign.model.job import Arm, Job, kernel_of, lora_of, sft_sizes
 from jaxalign.select import choose
 from jaxalign.select.samplers import vectors
-from jaxalign.train import feed, host_memory
+from jaxalign.train import host_memory
 from jaxalign.train.host_memory import CHARACTERS_PER_TOKEN
 from jaxalign.train.statistics import needs_batch_logps
+from jaxalign.train.training_cost import row_passes
 
 
 class Sizes(NamedTuple):
@@ -243,7 +244,7 @@ def aligning_all(job: Job, m: decoder.ModelConfig, rows: int, t: int) -> float:
   """
   c, answers = job.c, rows * (2 if job.kind == "pairs" else 1)
   online, policy = c.train.reference == "online", m._replace(lora=lora_of(c))
-  passes = feed.passes(policy, needs_batch_logps(job.loss), online)
+  passes = row_passes(policy, needs_batch_logps(job.loss), online)
   # A mismatched row passes through the policy and the reference, at every
   # update; the others through a stored reference once.
   mismatched = 2 if "z0" in job.loss.stats else 0

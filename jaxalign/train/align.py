@@ -6,26 +6,33 @@ import json
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from jaxalign.core import disk, progress
-from jaxalign.core.artifacts import Cost
 from jaxalign.core.checkpoints import Checkpoints, restore_params
 from jaxalign.core.errors import DataError
 from jaxalign.core.lookup import source_digests
 from jaxalign.core.settings import pick
-from jaxalign.core.stage import Made
-from jaxalign.model import adapters, decoder
+from jaxalign.core.stage import JobSizes, Made, Price
+from jaxalign.model import decoder
+from jaxalign.model.flops import decoder_flops
 from jaxalign.model.job import Arm, Job, lora_of
 from jaxalign.train import subspace
 from jaxalign.train.feed import TrainRows
 from jaxalign.train.logps import PRODUCERS
 from jaxalign.train.loop import TrainOptions
 from jaxalign.train.losses.unpaired import with_class_weights
-from jaxalign.train.ref_logps import like, stored_rows, updates_for
+from jaxalign.train.ref_logps import (
+  kept_sizes,
+  like,
+  mismatched_rows,
+  stored_rows,
+  updates_for,
+)
 from jaxalign.train.sft import TRAINED
+from jaxalign.train.statistics import needs_batch_logps
 from jaxalign.train.step import make_gradients
-from jaxalign.train.trainer import Recipe, train
+from jaxalign.train.trainer import begin_from, from_knobs, Recipe, train
+from jaxalign.train.training_cost import row_passes
 
 GRADIENT_BATCHES = 4  # that LoRA-SB estimates the first gradient from
 BASES = "bases"  # LoRA-SB's fixed matrices
@@ -40,21 +47,14 @@ class Watched(NamedTuple):
   spent: Callable  # lines of metrics.jsonl -> Cost
 
 
-def _policy_start(
+def _begin(
   job: Job, arm: Arm, folder: Any, loss: Callable, batch_at: Callable
 ) -> tuple[decoder.Params, decoder.Params]:
   """(trained, frozen) parameters that compute what the reference does."""
-  c, m = job.c, job.policy
-  if m.lora is None:  # the step donates its state, so it has a copy
-    reference, params = dict(job.reference), {}
-    if c.train.reference != "online":  # its numbers are stored
-      job.release_reference()
-    while reference:  # one copied, one let go: never both whole
-      name, x = reference.popitem()
-      params[name] = jnp.array(x, jnp.float32).block_until_ready()
-    return params, {}
-  fresh = adapters.init(jax.random.key(arm.seed), decoder.table(m))
-  if m.lora.variant == "lora_sb":
+  c, m, base, fixed = job.c, job.policy, dict(job.reference), {}
+  if m.lora is None and c.train.reference != "online":
+    job.release_reference()  # its numbers are stored
+  if m.lora and m.lora.variant == "lora_sb":
     producer, chunk = PRODUCERS[c.train.logps], c.model.head_chunk
     with Checkpoints(folder / BASES) as saved:
       if saved.latest() is None:
@@ -62,15 +62,13 @@ def _policy_start(
           jax.random.key(arm.seed),
           m,
           job.mesh,
-          job.reference,
+          base,
           lambda sizes: make_gradients(producer(sizes, chunk), loss),
           [batch_at(step) for step in range(GRADIENT_BATCHES)],
         )
         saved.save(0, dict(params=found))
-    fresh |= bases(job, folder)
-  adapters.assert_zero(fresh)
-  trained, fixed = adapters.split(fresh, m.lora)
-  return trained, job.reference | fixed
+    fixed = bases(job, folder)
+  return begin_from(base, m, arm.seed, fixed)
 
 
 def bases(job: Job, folder: Any) -> decoder.Params:
@@ -86,27 +84,6 @@ def aligned(job: Job, folder: Any, abstract: Any) -> decoder.Params:
     return restore_params(folder / BEST, abstract)
   name = "ema" if job.c.train.ema else "params"
   return restore_params(folder / TRAINED[0], abstract, name)
-
-
-def _options(
-  job: Job, arm: Arm, folder: Any, updates: int, evaluations: dict
-) -> TrainOptions:
-  """What config.train asks of the loop."""
-  t = job.c.train
-  return TrainOptions(
-    folder,
-    f"align {arm.name}",
-    updates,
-    t.save_every,
-    t.keep,
-    explode=t.explode,
-    evaluations=evaluations,
-    eval_every=t.eval_every,
-    best=t.best,
-    stop_after=t.stop_after,
-    trackers=tuple(t.trackers),
-    trace=tuple(job.c.profile.steps),
-  )
 
 
 def _loss_on(job: Job, rows: TrainRows) -> Callable:
@@ -133,7 +110,7 @@ def leaves(job: Job, arm: Arm) -> tuple[str, ...]:
 
 def make_policy(job: Job, arm: Arm, folder: Any, watched: Watched) -> Made:
   """Trains the policy on the kept rows, from the reference."""
-  c = job.c
+  c, t = job.c, job.c.train
   rows = stored_rows(job, arm, folder)
   if disk.read_json(folder / "ref_ids.json") != rows.ids:
     raise DataError(
@@ -141,17 +118,24 @@ def make_policy(job: Job, arm: Arm, folder: Any, watched: Watched) -> Made:
       "subset.parquet; run with --redo"
     )
   loss, updates = _loss_on(job, rows), updates_for(job, arm, len(rows.ids))
-  evaluations = {n: x.of for n, x in watched.measures.items()}
-  online = c.train.reference == "online"
-  how = dict(updates=updates, seed=arm.seed, head_chunk=c.model.head_chunk)
+  how = dict(seed=arm.seed, head_chunk=c.model.head_chunk)
+  options = dict(
+    folder=folder,
+    label=f"align {arm.name}",
+    evaluations={n: x.of for n, x in watched.measures.items()},
+    trackers=tuple(t.trackers),
+    trace=tuple(c.profile.steps),
+  )
   cost, weights = train(
     job.mesh,
     job.policy,
-    functools.partial(_policy_start, job, arm, folder, loss),
+    functools.partial(_begin, job, arm, folder, loss),
     rows,
     loss,
-    Recipe.of(c.train, **how, online=online),
-    _options(job, arm, folder, updates, evaluations),
+    from_knobs(
+      Recipe, t, updates=updates, online=t.reference == "online", **how
+    ),
+    from_knobs(TrainOptions, t, updates=updates, **options),
     watched.extend,
   )
   lines = (folder / TRAINED[1]).read_text().splitlines()
@@ -160,9 +144,7 @@ def make_policy(job: Job, arm: Arm, folder: Any, watched: Watched) -> Made:
   result["say"] = f"{len(lines)} updates"
   if watched.measures:
     result["evaluating"] = evaluating.flops
-  flops = cost.flops + evaluating.flops
-  tokens = cost.tokens + evaluating.tokens
-  return list(leaves(job, arm)), Cost(flops, tokens), result
+  return list(leaves(job, arm)), cost + evaluating, result
 
 
 def align_fields(job: Job, arm: Arm) -> dict[str, Any]:
@@ -171,3 +153,19 @@ def align_fields(job: Job, arm: Arm) -> dict[str, Any]:
   knobs = ("loss", "train", "model.head_chunk", "model.dtype")
   lora = ("lora",) if lora_of(c) else ()
   return pick(c, *knobs, *lora) | like(arm) | source_digests(c.loss.name)
+
+
+def train_price(z: JobSizes, arm: Arm, evaluated: Callable) -> Price:
+  """Of `align`; `evaluated(kept, updates)` gives the rows of each split that
+  evaluations pass through the model."""
+  c, loss = z.job.c, z.job.loss
+  kept, updates, each = kept_sizes(z, arm)
+  online = c.train.reference == "online"
+  policy = z.model._replace(lora=lora_of(c))
+  count = row_passes(policy, needs_batch_logps(loss), online)
+  trained = decoder_flops(z.model, int(z.tokens["pool"]), passes=count)
+  flops = updates * c.train.batch_size * z.responses * trained
+  flops += (1 + online) * mismatched_rows(z, arm) * each
+  for split, n in evaluated(kept, updates).items():
+    flops += n * decoder_flops(z.model, int(z.tokens[split]))
+  return Price(updates, "updates", flops)

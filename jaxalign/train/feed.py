@@ -4,24 +4,29 @@ from collections.abc import Callable
 import functools
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from jaxalign.core import sharding
 from jaxalign.core.errors import ConfigError
 from jaxalign.data import batches
 from jaxalign.data import tokens as tokens_lib
-from jaxalign.model import decoder
-from jaxalign.model.flops import decoder_flops, useful_flops
 from jaxalign.train import packing
 from jaxalign.train.batch import Batch, Logps, MismatchedBatch
+from jaxalign.train.packed_shapes import (
+  choose_shapes,
+  common_shape,
+  larger_shape,
+  needed_shape,
+  round_up,
+  shape_holds,
+)
 
 SHAPES = 4  # packed shapes that a run compiles, where its data lets it
 LOOKED = 256  # steps at most that they are chosen from
 
 
 class MismatchedRows(NamedTuple):
-  """KTO's prompt-and-other-answer rows, all steps end to end."""
+  """KTO's rows of one prompt and another's answer, all steps end to end."""
 
   tokens: tokens_lib.TokenRows  # updates * B rows
   ref_sum: np.ndarray  # [updates * B] float32 nats
@@ -59,24 +64,29 @@ class Batching(NamedTuple):
     return np.arange(step * self.batch, (step + 1) * self.batch)
 
 
-def check_divides(batch: int, accumulation: int, knob: str) -> None:
-  """Raises ConfigError where a batch does not divide into micro-batches."""
+def check_batch(batch: int, accumulation: int, mesh: Any, knob: str) -> None:
+  """Checks that a batch divides into micro-batches, and these over a mesh.
+
+  Args:
+    batch: rows of an update.
+    accumulation: micro-batches of an update.
+    mesh: the mesh; None: not known yet.
+    knob: the section of the config, for the message.
+
+  Raises:
+    ConfigError: it does not.
+  """
   if batch < 1 or accumulation < 1 or batch % accumulation:
     raise ConfigError(
       f"{knob}.batch_size={batch} does not divide into "
       f"{knob}.accumulation={accumulation} micro-batches"
     )
-
-
-def check_batch(batch: int, accumulation: int, mesh: Any, knob: str) -> None:
-  """Raises ConfigError where a batch does not divide over mesh and steps."""
-  check_divides(batch, accumulation, knob)
-  parts = sharding.parts(mesh, "batch")
-  if (batch // accumulation) % parts:
+  devices = sharding.parts(mesh, "batch") if mesh else 1
+  if (batch // accumulation) % devices:
     raise ConfigError(
       f"a micro-batch of {batch // accumulation} rows ({knob}.batch_size="
       f"{batch}, {knob}.accumulation={accumulation}) does not divide over "
-      f"fsdp={parts}; change one of them or config.mesh"
+      f"fsdp={devices}; change one of them or config.mesh"
     )
 
 
@@ -109,7 +119,7 @@ def padded(
   lengths = tokens_lib.row_lengths(rows)
   longest = tokens_lib.longest_row(lengths, batching.context)
 
-  def put(index, names=None):
+  def put(index, names):
     del names
     # Every process pads to the same bucket, from the lengths of all rows.
     size = tokens_lib.padded_length(int(lengths[index].max()), longest)
@@ -138,51 +148,41 @@ def packed(
   shape holds has a larger one of its own. Unless they `share` it, every
   response has a prompt of its own.
   """
-  lengths, start = (
-    tokens_lib.row_lengths(rows),
-    np.asarray(rows.start, np.int64),
-  )
+  lengths = tokens_lib.row_lengths(rows)
+  start = np.asarray(rows.start, np.int64)
   answers = lengths - start
-  devices = sharding.parts(mesh, "batch")
-  bins = batching.accumulation * devices
-  longest = packing.up(tokens_lib.longest_row(lengths, batching.context))
+  bins = batching.accumulation * sharding.parts(mesh, "batch")
+  longest = round_up(tokens_lib.longest_row(lengths, batching.context))
+  # The rows of every device and micro-batch.
+  split = lambda x: np.split(x if share else x.reshape(-1, 1), bins)
 
   def order(index):
-    sizes = lengths[index].sum(1)
-    if share:
-      sizes = start[index[:, 0]] + answers[index].sum(1)
+    prompts = start[index[:, :1] if share else index]
+    sizes = answers[index].sum(1) + prompts.sum(1)
     return packing.deal(sizes, bins).reshape(-1)
 
-  def split(index):  # of every device and micro-batch
-    return np.split(index if share else index.reshape(-1, 1), bins)
-
   def needed(index):
-    need = lambda part: packing.need(start[part[:, 0]], answers[part], longest)
-    return packing.largest([need(part) for part in split(index)])
+    of = lambda x: needed_shape(start[x[:, 0]], answers[x], longest)
+    return common_shape(map(of, split(index)))
 
-  shapes = packing.choose([needed(i[order(i)]) for i in known], SHAPES)
+  chosen = choose_shapes([needed(i[order(i)]) for i in known], SHAPES)
 
-  def shape_of(index):
-    need = needed(index)
-    found = [s for s in shapes if packing.holds(s, need)]
-    return found[0] if found else packing.larger(need)
-
-  def put(index, names=None):
-    shape, m = shape_of(index), len(index) // bins
+  def put(index, names):
+    need, m = needed(index), len(index) // bins
+    fitting = (s for s in chosen if shape_holds(s, need))
+    shape = next(fitting, None) or larger_shape(need)
     counts = answers[index].astype(np.int32)
     least = np.broadcast_to(counts.min(1, keepdims=True), counts.shape)
-    own, kept = split(index), split(least)
+    own, least = split(index), split(least)
 
     def dense(k):
       named = names and names[k * m : (k + 1) * m]
-      return packing.pack(shape, rows, own[k], kept[k], named)
+      return packing.pack(shape, rows, own[k], least[k], named)
 
-    make = lambda places: jax.tree.map(
-      lambda *x: np.stack(x), *(dense(k) for k in places)
-    )
     count = lambda places: counts[places, :, None]
+    stack = lambda places: packing.stack(map(dense, places))
     return (
-      _put(mesh, batching.accumulation, bins, make),
+      _put(mesh, batching.accumulation, bins, stack),
       _put(mesh, batching.accumulation, len(index), count),
     )
 
@@ -273,7 +273,7 @@ class Feed:
       return None
     where = self.batching.mismatched_at(step)[:, None]
     where = where[self._other.order(where)]
-    tokens, mask = self._other.put(where)
+    tokens, mask = self._other.put(where, None)
     sums = self.rows.mismatched.ref_sum
     sums = self._put(lambda places: sums[where[places]])
     return MismatchedBatch(tokens, mask, sums)
@@ -281,75 +281,3 @@ class Feed:
   def _put(self, make):
     b = self.batching
     return _put(self.mesh, b.accumulation, b.batch, make)
-
-
-def passes(
-  m: decoder.ModelConfig, ahead: bool = False, online: bool = False
-) -> tuple[int, int]:
-  """What a trained row costs, in forward passes: of products with weights, and
-  of attention's.
-
-  Its own, one for the gradients of the activations and one for those of the
-  weights; frozen weights have none, but both operands of attention move. The
-  adapters' own products, about r / D of a pass, are not counted. `ahead`: a
-  pass more, see `statistics.needs_batch_logps`; `online`: one more, the
-  reference's, see `train.online`.
-  """
-  more = ahead + online
-  return (2 if m.lora else 3) + more, 3 + more
-
-
-def useful_cost(
-  m: decoder.ModelConfig,
-  rows: TrainRows,
-  batching: Batching,
-  step: int,
-  ahead: bool = False,
-  online: bool = False,
-) -> int:
-  """Operations that an update cannot do without.
-
-  `useful_flops` of its rows, `passes` times, and of the passes beside them
-  as in `training_cost`; recomputation is not counted.
-  """
-
-  def count(token_rows, index, passes=(1, 1)):
-    start = np.asarray(token_rows.start, np.int64)
-    answers = tokens_lib.row_lengths(token_rows) - start
-    return useful_flops(m, start[index[:, 0]], answers[index], passes)
-
-  own = rows.row_of[batching.rows_at(step, len(rows.ids))]
-  total = count(rows.tokens, own, passes(m, ahead, online))
-  if rows.mismatched is not None:
-    other = batching.mismatched_at(step)[:, None]
-    total += (1 + online) * count(rows.mismatched.tokens, other)
-  return total
-
-
-def training_cost(
-  m: decoder.ModelConfig,
-  rows: TrainRows,
-  batching: Batching,
-  updates: int,
-  ahead: bool = False,
-  online: bool = False,
-) -> tuple[int, int]:
-  """(flops, tokens) of a training run: `passes` a row.
-
-  A mismatched row costs one forward, `ahead` one more of every row, `online`
-  one more of every row and mismatched row; padding and recomputation are not
-  counted. Of the mismatched rows, those of all steps end to end, the first
-  `updates * batch` ran.
-  """
-  seen = [batching.rows_at(s, len(rows.ids)) for s in range(updates)]
-  lengths = tokens_lib.row_lengths(rows.tokens)
-  ran = [(lengths[rows.row_of[np.concatenate(seen)]], passes(m, ahead, online))]
-  if rows.mismatched is not None:
-    other = tokens_lib.row_lengths(rows.mismatched.tokens)
-    ran.append((other[: updates * batching.batch], (1 + online,) * 2))
-  total = tokens = 0
-  for sizes, times in ran:
-    tokens += int(sizes.sum())
-    for size, count in zip(*np.unique(sizes, return_counts=True)):
-      total += int(count) * decoder_flops(m, int(size), passes=times)
-  return total, tokens

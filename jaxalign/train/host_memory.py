@@ -43,28 +43,29 @@ def row_sizes(
     return np.array([mean // 2]), np.full((1, r), mean - mean // 2)
   sample = sample[:SAMPLED]
   sides = ("chosen", "rejected") if "chosen" in sample[0] else ("completion",)
-  texts = [[row[side] for side in sides] for row in sample]
   try:
     tok = prepare.given_tokenizer(c)
-  except ConfigError:  # of a checkpoint that is planned with from afar
+  except ConfigError:  # of a checkpoint that this machine does not have
     tok = None
-  if tok is None:
-    count = lambda text: int(len(text) / CHARACTERS_PER_TOKEN) + 1
-    prompt = [count(row["prompt"]) for row in sample]
-    answers = [[count(text) for text in each] for each in texts]
-  else:
-    count = lambda all_ids: [len(ids) + 1 for ids in all_ids]
-    prompt = count(tok.encode_many([row["prompt"] for row in sample]))
-    answers = [count(tok.encode_responses(each)) for each in texts]
-    turns = any(row.get("turns") for row in sample)
-    source = template_source(c.data.template, tok, turns)
-    if source is not None:  # what it writes around a question, once
-      text = sample[0]["prompt"]
-      with chats.Chat(tok, source) as chat:
-        more = len(chat.encode([dict(role="user", content=text)], [])[0])
-      prompt = np.array(prompt) + more - len(tok.encode(text))
-  prompt = np.minimum(np.array(prompt), max(length // 2, 1))
-  answers = np.minimum(np.array(answers), length - prompt[:, None])
+  by_characters = lambda text: int(len(text) / CHARACTERS_PER_TOKEN) + 1
+  by_tokens = lambda ids: len(ids) + 1
+  count = by_characters if tok is None else by_tokens
+  encode = list if tok is None else tok.encode_many
+  respond = list if tok is None else tok.encode_responses
+  counted = lambda found: np.array([count(x) for x in found])
+  prompt = counted(encode([row["prompt"] for row in sample]))
+  answers = np.array(
+    [counted(respond([row[side] for side in sides])) for row in sample]
+  )
+  turns = any(row.get("turns") for row in sample)
+  source = tok and template_source(c.data.template, tok, turns)
+  if source is not None:  # what it writes around a question, once
+    text = sample[0]["prompt"]
+    with chats.Chat(tok, source) as chat:
+      whole = chat.encode([dict(role="user", content=text)], [])[0]
+    prompt += len(whole) - len(tok.encode(text))
+  prompt = np.minimum(prompt, max(length // 2, 1))
+  answers = np.minimum(answers, length - prompt[:, None])
   if len(sides) > r:  # unpaired rows of pairs
     return np.repeat(prompt, len(sides)), answers.reshape(-1, 1)
   return prompt, answers
@@ -88,39 +89,37 @@ def host_memory(
     prompt: [n] tokens of the prompts of the pool's rows, or of some.
     answers: [n, R] tokens of their answers.
   """
-  c, t, draw = job.c, job.c.train, np.random.default_rng(0)
-  size, each = t.batch_size // t.accumulation, prompt + answers.sum(1)
-  kept = lambda arm: budget_rows(arm.budget, pool, t.batch_size)
-  updates = max(updates_of(c, arm, kept(arm), pool) for arm in arms)
-  longest = int((prompt[:, None] + answers).max())
-  if t.layout == "packed_apart":
-    each = each + prompt * (answers.shape[1] - 1)
+  c, t, r = job.c, job.c.train, answers.shape[1]
+  size = t.batch_size // t.accumulation
   tokens = 0
   if t.layout != "padded":  # the largest of a few batches
+    prompts = r if t.layout == "packed_apart" else 1
+    each, draw = answers.sum(1) + prompts * prompt, np.random.default_rng(0)
+    kept = lambda arm: budget_rows(arm.budget, pool, t.batch_size)
+    updates = max(updates_of(c, arm, kept(arm), pool) for arm in arms)
     tokens = max(
       int(draw.choice(each, size, size > len(each)).sum())
       for _ in range(min(SAMPLED, updates * t.accumulation))
     )
-  shape = memory.StepShape(
-    rows=size * answers.shape[1], length=longest, packed=tokens, **_held(c)
-  )
+  longest = int((prompt[:, None] + answers).max())
   return memory.on_host(
     m,
     job.mesh,
-    shape,
-    tile=min(c.embed.tile, len(answers) * answers.shape[1]),
+    _step_shape(c, size * r, longest, tokens),
+    tile=min(c.embed.tile, answers.size),
     reference=t.reference == "online" or bool(t.eval_every),
     arms=len(arms),
   )
 
 
-def _held(c: Any) -> dict[str, int]:
-  """What a config says of a `StepShape`, whatever the rows."""
+def _step_shape(c, rows, length, packed=0):
+  """The `StepShape` of a config; packed: tokens of a micro-batch, or 0."""
   t = c.train
   moments = optim.OPTIMIZERS[t.optimizer].moments
   moments += bool(t.ema) + bool(t.ref_sync)
   size = jnp.dtype(c.model.param_dtype).itemsize
-  return dict(chunk=c.model.head_chunk, frozen_size=size, moments=moments)
+  head = c.model.head_chunk
+  return memory.StepShape(rows, length, head, size, moments, packed)
 
 
 def step_memory(
@@ -128,8 +127,7 @@ def step_memory(
 ) -> dict[str, int]:
   """`memory.train_step` of the alignment that a config asks for."""
   rows = c.train.batch_size * RESPONSES[kind] // c.train.accumulation
-  shape = memory.StepShape(rows, length, **_held(c))
-  return memory.train_step(m, mesh, shape)
+  return memory.train_step(m, mesh, _step_shape(c, rows, length))
 
 
 def planned(
@@ -139,12 +137,8 @@ def planned(
   pool: int,
   sizes: tuple[np.ndarray, np.ndarray],
 ) -> str:
-  """The line of a plan on what a job takes of a CPU's host at its peak.
-
-  Args:
-    job, m, arms, pool: as of `host_memory`.
-    sizes: tokens of prompts and of answers, as from `row_sizes`.
-  """
+  """A plan's line on the peak memory of a CPU's host; arguments as of
+  `host_memory`, `sizes` as from `row_sizes`."""
   held = host_memory(job, m, arms, pool, *sizes)
   free = memory.available()
   rest = f"; {memory.size(free)} are free" if free else ""
@@ -154,24 +148,19 @@ def planned(
 
 
 def check_memory(job: Job, arms: list[Arm]) -> None:
-  """Says or raises, once the rows are known, where there is too little.
+  """Warns or raises, once the rows are known, where memory does not suffice.
 
   Raises:
     ConfigError: as `memory.check_host`.
   """
-  device = job.mesh.devices.flat[0]
+  m, device = job.policy, job.mesh.devices.flat[0]
   if device.platform != "cpu":
-    memory.check_fits(
-      step_memory(job.c, job.policy, job.mesh, job.context, job.kind),
-      device,
-      job.force,
-    )
+    held = step_memory(job.c, m, job.mesh, job.context, job.kind)
+    memory.check_fits(held, device, job.force)
     return
   rows, n = job.tokens("pool"), len(job.column("pool", "id"))
-  start = np.int64(rows.start)
-  answers = (tokens_lib.row_lengths(rows) - start).reshape(n, -1)
-  held = host_memory(
-    job, job.policy, arms, n, start.reshape(n, -1)[:, 0], answers
-  )
+  start = np.int64(rows.start).reshape(n, -1)
+  answers = tokens_lib.row_lengths(rows).reshape(n, -1) - start
+  held = host_memory(job, m, arms, n, start[:, 0], answers)
   if warning := memory.check_host(held, memory.available(), job.force):
     progress.say(f"  {warning}")

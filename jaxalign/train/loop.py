@@ -3,14 +3,13 @@
 from collections.abc import Callable, Mapping
 import contextlib
 import math
-import tempfile
 import time
 from typing import Any, NamedTuple
 
 from etils import epath
 import jax
 
-from jaxalign.core import disk, interrupt, progress
+from jaxalign.core import interrupt, progress
 from jaxalign.core.checkpoints import Checkpoints
 from jaxalign.core.errors import ConfigError, NumericError
 from jaxalign.train import log as logs
@@ -59,44 +58,21 @@ class TrainOptions(NamedTuple):
   trace: tuple[int, int] = (0, 0)
 
 
+APART = ("params", "ema", "ref")  # an evaluation restores one of them alone
+
+
 def _items(state: TrainState) -> dict[str, Any]:
-  """Parameters, their mean and the reference apart: evaluation restores one
-  alone. What is empty is left out."""
-  rest = dict(opt=state.opt_state, step=state.step, stats=state.statistics)
-  weights = dict(params=state.params, ema=state.ema, ref=state.ref)
-  return dict(rest=rest) | {n: x for n, x in weights.items() if x}
+  """What a checkpoint holds of a state; what is empty is left out."""
+  rest = dict(vars(state))
+  apart = {n: rest.pop(n) for n in APART}
+  return dict(rest=rest) | {n: x for n, x in apart.items() if x}
 
 
 def _restore(checkpoints: Checkpoints, state: TrainState, step: int):
   """The state of a step, laid as `state` is."""
   shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
   found = checkpoints.restore(step, jax.tree.map(shape, _items(state)))
-  rest = found.pop("rest")
-  rest = rest["opt"], rest["step"], rest["stats"]
-  return TrainState(found.pop("params"), *rest, **found)
-
-
-def _trace(folder: epath.Path) -> Callable[[], None]:
-  """Starts a profile; the function returned ends it, and it is in `folder`.
-
-  The profiler writes local files alone: for gs:// it writes into a temporary
-  folder, which is then copied.
-  """
-  if "://" not in str(folder):
-    jax.profiler.start_trace(str(folder))
-    return jax.profiler.stop_trace
-  local = epath.Path(tempfile.mkdtemp(prefix="jaxalign_profile_"))
-  jax.profiler.start_trace(str(local))
-
-  def stop():
-    jax.profiler.stop_trace()
-    for root, _, names in local.walk():
-      for name in names:
-        at = epath.Path(root) / name
-        disk.write_bytes(folder / at.relative_to(local), at.read_bytes())
-    local.rmtree()
-
-  return stop
+  return state.replace(**found.pop("rest"), **found)
 
 
 class _Run:
@@ -135,7 +111,7 @@ class _Run:
   @property
   def ended(self):
     """Whether `best` has not been beaten for long enough."""
-    return bool(self.o.stop_after) and self.record.stale >= self.o.stop_after
+    return 0 < self.o.stop_after <= self.record.stale
 
   def _known_best(self):
     """The best evaluation that the log knows and whose weights are there."""
@@ -263,7 +239,7 @@ class _Run:
     return self.record.step == done
 
 
-def fit(
+def run_updates(
   state: TrainState,
   train_step: Callable,
   feed: Feed,
@@ -296,15 +272,14 @@ def fit(
       return run.state
     run.open_tracker(stack)
     tracing = stack.enter_context(contextlib.ExitStack())
-    traced = False
     with (
       interrupt.deferred() as requested,
       progress.bar(o.label, o.updates, "steps", run.start) as tick,
     ):
       for step in range(run.start, o.updates):
-        if o.trace[0] <= step < o.trace[1] and not traced:
-          tracing.callback(_trace(epath.Path(o.folder) / "profile"))
-          traced = True
+        if step == max(run.start, o.trace[0]) and step < o.trace[1]:
+          profile = epath.Path(o.folder) / "profile"
+          tracing.callback(trackers.start_profile(profile))
         run.state, totals = train_step(run.state, feed.batch_at(step))
         loss = run.read()
         run.flying = step, totals

@@ -139,25 +139,20 @@ def muon(b2: float) -> optax.GradientTransformation:
     found = lambda n, x: x if masked(x) else matrix_axes(n, x.shape)
     return {n: found(n, x) for n, x in params.items()}
 
-  def kinds(params):
-    found = axes(params).items()
-    return {n: "adamw" if a is None else "muon" for n, a in found}
+  kinds = lambda params: {
+    n: "muon" if a else "adamw" for n, a in axes(params).items()
+  }
 
   def scaled(x, of):
     sides = of.reduction_axis, of.output_axis
     sizes = (math.prod(x.shape[i] for i in side) for side in sides)
     return x * 0.2 * math.sqrt(max(sizes))
 
-  inner = optax.partition(
-    dict(
-      muon=optax.chain(
-        contrib.scale_by_muon(weight_dimension_numbers=axes),
-        optax.stateless(lambda u, _: jax.tree.map(scaled, u, axes(u))),
-      ),
-      adamw=adamw(b2),
-    ),
-    kinds,
+  orthogonal = optax.chain(
+    contrib.scale_by_muon(weight_dimension_numbers=axes),
+    optax.stateless(lambda u, _: jax.tree.map(scaled, u, axes(u))),
   )
+  inner = optax.partition(dict(muon=orthogonal, adamw=adamw(b2)), kinds)
 
   def update(updates, state, params):
     # Fused axes of a sharded matrix have no sharding that could be named: the

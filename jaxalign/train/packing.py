@@ -8,10 +8,11 @@ attention the sequences prompt + answer are packed by first-fit into rows as
 long as the longest (`model.packed`), and the tiles of the dense row that
 hold anything are listed (`model.packed`). All of it is NumPy, on lengths.
 
-Shapes are static: a few are chosen from the data, and a step takes the first
-that holds it.
+Shapes are static, see `train.packed_shapes`: a step takes the first that holds
+it.
 """
 
+from collections.abc import Iterable
 import heapq
 from typing import NamedTuple
 
@@ -20,13 +21,14 @@ import numpy as np
 
 from jaxalign.core.errors import DataError
 from jaxalign.data import tokens as tokens_lib
-from jaxalign.model.packed import Copies, TILE, Tiles
+from jaxalign.model.packed import Copies, Tiles
+from jaxalign.train.packed_shapes import first_fit, Shape, spans, tiles_of
 
 
 class Packed(NamedTuple):
   """S dense rows, one a device; in a batch behind an axis of micro-batches.
 
-  It stands where a padded batch has its token ids, and the "mask" beside it is
+  It stands where a padded batch has its token ids, and its "mask" is
   [.., b, R, 1]: the counts of response tokens.
   """
 
@@ -39,21 +41,6 @@ class Packed(NamedTuple):
   in_prefix: jax.Array  # [S, U] bool: of the first min(counts) of its response
   first: jax.Array  # [S, T] int32: which prediction a token makes; -1: none
   second: jax.Array  # [S, T] int32: its other one (a prompt's last token)
-
-
-class Shape(NamedTuple):
-  """The static sizes of a dense row."""
-
-  tokens: int  # T
-  targets: int  # U
-  rows: int  # a, of attention
-  length: int  # l of each
-  tiles: int  # n, of attention without copies; the array's room, no work
-
-
-def holds(shape: Shape, need: Shape) -> bool:
-  """Whether a row of this shape has room for what is needed."""
-  return all(a >= b for a, b in zip(shape, need))
 
 
 def deal(sizes: np.ndarray, bins: int) -> np.ndarray:
@@ -78,139 +65,9 @@ def deal(sizes: np.ndarray, bins: int) -> np.ndarray:
   return np.array(taken, np.int64).reshape(bins, room)
 
 
-def first_fit(sizes: np.ndarray, length: int) -> list[list[int]]:
-  """Packs sequences into rows of one length: of every row its sequences.
-
-  The longest first, each into the first row that has room.
-
-  Args:
-    sizes: [n] slots of each sequence.
-    length: of a row, at least the longest sequence.
-  """
-  rows, left = [], []
-  for i in np.argsort(-sizes, kind="stable").tolist():
-    size = int(sizes[i])
-    k = next((k for k, free in enumerate(left) if free >= size), len(rows))
-    if k == len(rows):
-      rows.append([])
-      left.append(length)
-    rows[k].append(i)
-    left[k] -= size
-  return rows
-
-
-def up(x: int, least: int = 16) -> int:
-  """Rounded up: to `least`, from 1,024 on to 128, what a TPU multiplies at."""
-  step = least if x <= 1024 else 128
-  return max(step, -(-x // step) * step)
-
-
-def spans(prompt: np.ndarray, answers: np.ndarray) -> np.ndarray:
-  """[m, 1 + R, 2] first token and end of every prompt and answer."""
-  sizes = np.concatenate([prompt[:, None], answers], 1)
-  ends = np.cumsum(sizes.reshape(-1)).reshape(sizes.shape)
-  return np.stack([ends - sizes, ends], -1)
-
-
-def tiles_of(where: np.ndarray) -> np.ndarray:
-  """[n, 2] query and key blocks that see each other, in order, each once.
-
-  Args:
-    where: as from `spans`.
-  """
-  found = set()
-  for parts in where:
-    blocks = [range(a // TILE, -(-b // TILE)) for a, b in parts if b > a]
-    for own in blocks:
-      for i in own:
-        found.update(
-          (i, j) for keys in (blocks[0], own) for j in keys if j <= i
-        )
-  return np.array(sorted(found), np.int32).reshape(-1, 2)
-
-
-def need(prompt: np.ndarray, answers: np.ndarray, length: int) -> Shape:
-  """The least shape that holds one device's rows.
-
-  Args:
-    prompt: [m] tokens of each prompt.
-    answers: [m, R] tokens of each response.
-    length: of an attention row.
-  """
-  rows = first_fit((prompt[:, None] + answers).reshape(-1), length)
-  tiles = len(tiles_of(spans(prompt, answers)))
-  return Shape(
-    up(int(prompt.sum() + answers.sum()), TILE),
-    up(int(answers.sum())),
-    len(rows),
-    length,
-    -(-tiles // 16) * 16,
-  )
-
-
-def largest(needs: list[Shape]) -> Shape:
-  """The least shape that holds them all."""
-  return Shape(*(max(sizes) for sizes in zip(*needs)))
-
-
-def larger(need: Shape) -> Shape:
-  """A shape for what none holds: by steps of a quarter, so there are few."""
-
-  def grown(x):
-    size = 16
-    while size < x:
-      size = up(size * 5 // 4)
-    return size
-
-  return Shape(
-    up(grown(need.tokens), TILE),
-    grown(need.targets),
-    -(-need.rows // 4) * 4,
-    need.length,
-    2 * grown(need.tiles),
-  )
-
-
-def cost(shape: Shape) -> float:
-  """A measure to choose shapes by: slots, and attention by the square.
-
-  A pair of attention slots counts as 1 / 4,096 of a dense token: about what it
-  is of a Llama of width 512 (a layer multiplies 12 D^2 a token, 2 D a pair, of
-  which half is not seen).
-  """
-  return (
-    shape.tokens
-    + 0.5 * shape.targets
-    + shape.rows * shape.length * (0.05 + shape.length / 4096)
-  )
-
-
-def choose(needs: list[Shape], most: int) -> list[Shape]:
-  """At most `most` shapes, cheapest first, that hold every need.
-
-  Needs in the order of their cost are cut into runs, a shape each, so that
-  the sum of the costs is least (dynamic programming).
-  """
-  needs = sorted(set(needs), key=cost)
-  n, most = len(needs), min(most, len(set(needs)))
-  best = {(0, 0): (0.0, [])}
-  for end in range(1, n + 1):
-    run = None
-    for start in range(end - 1, -1, -1):
-      run = needs[start] if run is None else largest([run, needs[start]])
-      price = cost(run) * (end - start)
-      for k in range(most):
-        if (start, k) in best:
-          total = best[start, k][0] + price
-          if total < best.get((end, k + 1), (np.inf,))[0]:
-            best[end, k + 1] = (total, best[start, k][1] + [run])
-  return sorted(
-    min(
-      (best[n, k] for k in range(1, most + 1) if (n, k) in best),
-      key=lambda x: x[0],
-    )[1],
-    key=cost,
-  )
+def stack(rows: Iterable[Packed]) -> Packed:
+  """Dense rows, as from `pack`, behind an axis S."""
+  return jax.tree.map(lambda *x: np.stack(x), *rows)
 
 
 def pack(
@@ -232,66 +89,69 @@ def pack(
   Raises:
     DataError: two responses of one row have different prompts.
   """
-  m, r = index.shape
   prompt = np.asarray(rows.start)[index[:, 0]].astype(np.int64)
-  begin = np.asarray(rows.offsets)[index]
-  answers = np.asarray(rows.offsets)[index + 1] - begin - prompt[:, None]
-  tokens = np.zeros(shape.tokens, np.int32)
-  position = np.zeros(shape.tokens, np.int32)
-  source = np.zeros(shape.targets, np.int32)
-  target = np.zeros(shape.targets, np.int32)
-  row, branch = np.zeros((2, shape.tokens), np.int32)
-  owner = np.full(shape.targets, -1, np.int32)
-  in_prefix = np.zeros(shape.targets, bool)
+  begin, end = (np.asarray(rows.offsets)[i] for i in (index, index + 1))
+  _check_prompts(rows, index, begin, ids)
+  answers = end - begin - prompt[:, None]
+  where = spans(prompt, answers)  # slots of every prompt and answer
+  sizes = where[..., 1] - where[..., 0]
+  # Of every token its row, whether of the prompt (0) or which answer's, and
+  # its place there.
+  row, branch = np.divmod(
+    np.repeat(np.arange(sizes.size), sizes.flat), sizes.shape[1]
+  )
+  place = np.arange(len(row)) - where[row, branch, 0]
+  first = np.concatenate([begin[:, :1], begin + prompt[:, None]], 1)
+  tokens = np.asarray(rows.ids[first[row, branch] + place], np.int32)
+  answered = np.flatnonzero(branch)
+  k, side, nth = row[answered], branch[answered] - 1, place[answered]
+  source = np.where(nth == 0, where[k, 0, 1] - 1, answered - 1)
+  # A prompt's last token predicts the first token of the second answer too.
+  again = (nth == 0) & (side > 0) & (answers[k, 0] > 0)
   uses = np.full((2, shape.tokens), -1, np.int32)
-  places = []  # of every sequence: where its tokens lie
-  at = out = 0
-  for k in range(m):
-    p = int(prompt[k])
-    head = np.asarray(rows.ids[begin[k, 0] : begin[k, 0] + p])
-    for side in range(1, r):
-      if not np.array_equal(
-        rows.ids[begin[k, side] : begin[k, side] + p], head
-      ) or (rows.start[index[k, side]] != p):
-        raise DataError(
-          f"row {ids[k] if ids else k}: its responses have different "
-          "prompts, which cannot be computed once; set "
-          "config.train.layout='padded'"
-        )
-    tokens[at : at + p], position[at : at + p] = head, np.arange(p)
-    row[at : at + p + int(answers[k].sum())] = k + 1
-    own = np.arange(at, at + p)
-    last, at = at + p - 1, at + p
-    for side in range(r):
-      n = int(answers[k, side])
-      first = int(begin[k, side]) + p
-      tokens[at : at + n] = rows.ids[first : first + n]
-      position[at : at + n], branch[at : at + n] = p + np.arange(n), side + 1
-      mine = np.arange(at, at + n)
-      before = np.concatenate([[last], mine[:-1]])[:n]
-      now = slice(out, out + n)
-      source[now], target[now] = before, tokens[at : at + n]
-      owner[now] = k * r + side
-      in_prefix[now] = np.arange(n) < least[k, side]
-      uses[np.where(uses[0, before] < 0, 0, 1), before] = np.arange(
-        out, out + n
-      )
-      places.append(np.concatenate([own, mine]))
-      at, out = at + n, out + n
-  listed = tiles_of(spans(prompt, answers))
-  query, key = np.zeros((2, shape.tiles), np.int32)
-  query[: len(listed)], key[: len(listed)] = listed.T
-  tiles = Tiles(row, branch, query, key, np.array([len(listed)], np.int32))
+  uses[again.astype(int), source] = np.arange(len(source))
+
+  def filled(x, size, value=0):
+    x = x if x.dtype == bool else np.int32(x)
+    return np.pad(x, (0, size - len(x)), constant_values=value)
+
+  listed = tiles_of(where)
+  tiles = Tiles(
+    filled(row + 1, shape.tokens),
+    filled(branch, shape.tokens),
+    *(filled(x, shape.tiles) for x in listed.T),
+    np.array([len(listed)], np.int32),
+  )
+  places = [
+    np.concatenate([np.arange(*own[0]), np.arange(*answer)])
+    for own in where
+    for answer in own[1:]
+  ]
   return Packed(
-    tokens,
-    position,
+    filled(tokens, shape.tokens),
+    filled(place + prompt[row] * (branch > 0), shape.tokens),
     _copies(shape, places, tiles),
-    source,
-    target,
-    owner,
-    in_prefix,
+    filled(source, shape.targets),
+    filled(tokens[answered], shape.targets),
+    filled(k * index.shape[1] + side, shape.targets, -1),
+    filled(nth < least[k, side], shape.targets),
     *uses,
   )
+
+
+def _check_prompts(rows, index, begin, ids):
+  """Checks that all responses of a row have its prompt, token for token."""
+  for k, (own, *others) in enumerate(index):
+    size = rows.start[own]
+    prompt = lambda at: rows.ids[at : at + size]
+    for other, at in zip(others, begin[k, 1:]):
+      if rows.start[other] != size or not np.array_equal(
+        prompt(at), prompt(begin[k, 0])
+      ):
+        raise DataError(
+          f"row {ids[k] if ids else k}: its responses have different prompts, "
+          "which cannot be computed once; set config.train.layout='padded'"
+        )
 
 
 def _copies(shape, places, tiles):

@@ -5,11 +5,10 @@ the implicit margin. `held_out`: several, each tuned on half of the prompts;
 their losses on the other half are how hard a pair is.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxalign.core import disk, hub, processes
@@ -20,6 +19,7 @@ from jaxalign.core.settings import pick
 from jaxalign.core.stage import JobSizes, Made, Price
 from jaxalign.data import prepare, recipe
 from jaxalign.data.tokenizer import load_tokenizer
+from jaxalign.data.tokens import TokenRows
 from jaxalign.embed import passes
 from jaxalign.embed.over_pool import checkpoint_digest, over_shards
 from jaxalign.embed.passes import PassOptions
@@ -29,11 +29,12 @@ from jaxalign.model.flops import decoder_flops
 from jaxalign.model.job import Job, kernel_of, lora_of
 from jaxalign.select import columns
 from jaxalign.select.topk import uniform
-from jaxalign.train import feed, losses
-from jaxalign.train.feed import training_cost, TrainRows
+from jaxalign.train import losses
+from jaxalign.train.feed import TrainRows
 from jaxalign.train.loop import TrainOptions
 from jaxalign.train.sft import TRAINED
-from jaxalign.train.trainer import Recipe, train
+from jaxalign.train.trainer import begin_from, Recipe, train
+from jaxalign.train.training_cost import row_passes, training_cost
 
 BETA = 0.1  # of their DPO
 KNOBS = (  # of config.train, for them too
@@ -78,7 +79,7 @@ def config_of(c: Any, reference: decoder.ModelConfig) -> decoder.ModelConfig:
   )
 
 
-def check(c: Any) -> None:
+def check_proxies(c: Any) -> None:
   """Raises ConfigError for knobs of the proxies that cannot work."""
   if not c.proxy.models >= 2:
     raise ConfigError(
@@ -98,8 +99,7 @@ def check(c: Any) -> None:
     )
 
 
-def _loss():
-  return losses.bind(losses.LOSSES["dpo"], "dpo", dict(beta=BETA))
+LOSS = losses.bind(losses.LOSSES["dpo"], "dpo", dict(beta=0.1))
 
 
 def _start(job: Job) -> Start:
@@ -120,8 +120,7 @@ def _start(job: Job) -> Start:
     read = lambda name: np.asarray(table[name].make(job), np.float32)
     return Start(params, m, read("logp"), read("logp_count"), Cost())
   found, cost = _score(job, params, m, "proxy_ref")
-  shape = len(job.column("pool", "id")), -1
-  sums, counts = found.logp.reshape(shape), found.count.reshape(shape)
+  sums, counts = (x.reshape(-1, 2) for x in (found.logp, found.count))
   return Start(params, m, sums, counts, cost)
 
 
@@ -133,67 +132,58 @@ def _score(
   tile, chunk = job.c.embed.tile, job.c.model.head_chunk
   how = PassOptions(tile, chunk, label=label, ids=ids)
   found = passes.score_rows(job.mesh, params, m, rows, how)
-  return found, Cost(passes.pass_flops(m, rows), len(rows.ids))
+  return found, _pass_cost(m, rows)
+
+
+def _pass_cost(m: decoder.ModelConfig, rows: TokenRows) -> Cost:
+  return Cost(passes.pass_flops(m, rows), len(rows.ids))
+
+
+class Tuning(NamedTuple):
+  """How one proxy is tuned."""
+
+  model: decoder.ModelConfig  # with the job's adapters
+  rows: TrainRows
+  recipe: Recipe
+
+  @property
+  def cost(self) -> Cost:
+    m, rows, recipe = self
+    return Cost(*training_cost(m, rows, recipe.batching(m), recipe.updates))
+
+
+def _tuning(
+  job: Job, start: Start, index: np.ndarray, updates: int, seed: int
+) -> Tuning:
+  """The tuning on the pairs `index`, with the job's adapters.
+
+  Adapters with fixed bases are tuned as plain ones.
+  """
+  c, lora = job.c, lora_of(job.c)
+  if lora and lora.variant == "lora_sb":
+    lora = lora._replace(variant="lora")
+  more = dict(updates=updates, seed=seed, head_chunk=c.model.head_chunk)
+  more["lr"] = recipe.LORA_LR if lora else c.proxy.lr
+  return Tuning(
+    start.model._replace(lora=lora),
+    training_rows(job, start, index),
+    Recipe(**{n: c.train[n] for n in KNOBS}, **more),
+  )
 
 
 def _tune(
-  job: Job,
-  folder: Any,
-  label: str,
-  start: Start,
-  index: np.ndarray,
-  updates: int,
-  seed: int,
-) -> tuple[decoder.Params, Any]:
-  """Tunes on the pairs `index`; resumed from the folder's checkpoints.
-
-  Returns:
-    The tuned parameters and their sizes (with adapters where the job has
-    them).
-  """
-  c = job.c
-  m = start.model._replace(lora=_lora(c))
-  rows = training_rows(job, start, index)
-
-  def begin(batch_at):
-    del batch_at
-    if m.lora is None:  # the step donates its state, so it has a copy
-      return {n: jnp.array(x, jnp.float32) for n, x in start.params.items()}, {}
-    fresh = adapters.init(jax.random.key(seed), decoder.table(m))
-    trained, fixed = adapters.split(fresh, m.lora)
-    return trained, start.params | fixed
-
-  t, how = c.train, _recipe(c, m, updates, seed)
-  options = TrainOptions(folder, label, updates, t.save_every)
-  options = options._replace(explode=t.explode)
-  train(job.mesh, m, begin, rows, _loss(), how, options)
+  job: Job, folder: Any, label: str, start: Start, tuning: Tuning
+) -> decoder.Params:
+  """The tuned parameters; resumed from the folder's checkpoints."""
+  t, (m, rows, how) = job.c.train, tuning
+  options = TrainOptions(
+    folder, label, how.updates, t.save_every, explode=t.explode
+  )
+  begin = lambda _: begin_from(dict(start.params), m, how.seed)
+  train(job.mesh, m, begin, rows, LOSS, how, options)
   shapes = adapters.split(decoder.abstract(m, job.mesh), m.lora)[0]
-  tuned = restore_params(folder / "checkpoints", shapes)
-  return (tuned if m.lora is None else start.params | tuned), m
-
-
-def _recipe(c: Any, m: decoder.ModelConfig, updates: int, seed: int) -> Recipe:
-  lr = recipe.LORA_LR if m.lora else c.proxy.lr
-  knobs = {n: c.train[n] for n in KNOBS}
-  more = dict(updates=updates, seed=seed, head_chunk=c.model.head_chunk)
-  return Recipe(lr=lr, **knobs, **more)
-
-
-def _tuning_cost(
-  job: Job, start: Start, index: np.ndarray, updates: int, seed: int
-) -> Cost:
-  """What `_tune` costs."""
-  m = start.model._replace(lora=_lora(job.c))
-  batching = _recipe(job.c, m, updates, seed).batching(m)
-  rows = training_rows(job, start, index)
-  return Cost(*training_cost(m, rows, batching, updates))
-
-
-def _lora(c: Any) -> adapters.Lora | None:
-  """The job's adapters; those with fixed bases as plain ones."""
-  lora = lora_of(c)
-  fixed = lora and lora.variant == "lora_sb"
-  return lora._replace(variant="lora") if fixed else lora
+  tuned = restore_params(folder / TRAINED[0], shapes)
+  return tuned if m.lora is None else start.params | tuned
 
 
 def training_rows(job: Job, start: Start, index: np.ndarray) -> TrainRows:
@@ -220,25 +210,17 @@ def proxy_fields(*proxy: str) -> Callable[[Job, None], dict[str, Any]]:
   """The fields of a stage that tunes proxies, config.proxy.`proxy` too."""
 
   def fields(job: Job, arm: None) -> dict[str, Any]:
-    c = job.c
-    given = c.proxy.checkpoint
-    return _proxy_knobs(c, proxy) | (
-      dict(proxy=checkpoint_digest(given)) if given else {}
+    c, given = job.c, job.c.proxy.checkpoint
+    knobs = pick(
+      c,
+      *(f"train.{n}" for n in (*KNOBS, "save_every")),
+      *(f"proxy.{n}" for n in ("lr", "checkpoint", *proxy)),
+      *("model", "embed.tile", "embed.shard"),
+      *(["lora"] if c.lora.rank else []),
     )
+    return knobs | (dict(proxy=checkpoint_digest(given)) if given else {})
 
   return fields
-
-
-def _proxy_knobs(c: Any, proxy: Sequence[str]) -> dict[str, Any]:
-  return pick(
-    c,
-    *(f"train.{n}" for n in (*KNOBS, "save_every")),
-    *(f"proxy.{n}" for n in ("lr", "checkpoint", *proxy)),
-    "model",
-    "embed.tile",
-    "embed.shard",
-    *(["lora"] if c.lora.rank else []),
-  )
 
 
 # One, for the implicit margin.
@@ -263,9 +245,10 @@ def drawn(ids: Any, pairs: float | int, seed: int) -> np.ndarray:
 def make_proxy(job: Job, arm: None, folder: Any) -> Made:
   """A policy tuned by DPO on a few pairs, and what it says of the pool."""
   p, start = job.c.proxy, _start(job)
-  index = drawn(job.column("pool", "id"), p.pairs, 0)
-  params, m = _tune(job, folder, "proxy", start, index, p.updates, 0)
   rows, pair = job.tokens("pool"), ArraySpec((2,))
+  index = drawn(job.column("pool", "id"), p.pairs, 0)
+  tuning = _tuning(job, start, index, p.updates, 0)
+  m, params = tuning.model, _tune(job, folder, "proxy", start, tuning)
 
   def score(options):
     found = passes.score_rows(job.mesh, params, m, rows, options)
@@ -273,18 +256,11 @@ def make_proxy(job: Job, arm: None, folder: Any) -> Made:
     before = start.sums.reshape(-1)[own]
     return dict(proxy_logp=found.logp, proxy_ref_logp=before)
 
-  columns = dict(proxy_logp=pair, proxy_ref_logp=pair)
-  files = over_shards(job, dict(proxy=columns), score)
-  parts = (
-    start.cost,
-    _tuning_cost(job, start, index, p.updates, 0),
-    Cost(passes.pass_flops(m, rows), len(rows.ids)),
-  )
-  return (
-    [*files, *TRAINED],
-    Cost(sum(x.flops for x in parts), sum(x.tokens for x in parts)),
-    dict(rows=len(index), say=f"tuned on {len(index):,} pairs"),
-  )
+  arrays = dict(proxy_logp=pair, proxy_ref_logp=pair)
+  files = over_shards(job, dict(proxy=arrays), score)
+  say = f"tuned on {len(index):,} pairs"
+  cost = start.cost + tuning.cost + _pass_cost(m, rows)
+  return [*files, *TRAINED], cost, dict(rows=len(index), say=say)
 
 
 # Several, for the held-out loss.
@@ -346,38 +322,32 @@ def held_out_leaves(job: Job, arm: None) -> list[str]:
 def make_held_out(job: Job, arm: None, folder: Any) -> Made:
   """The DPO loss of every pair under models that have not seen its prompt."""
   c, p, names = job.c, job.c.proxy, loss_files(job)
-  start = _start(job)
-  n = len(job.column("pool", "id"))
+  start, rows = _start(job), job.tokens("pool")
   seen = halves(job.column("pool", "group"), p.models, 0)
-  total, tokens = start.cost.flops, start.cost.tokens
+  cost, writes = start.cost, jax.process_index() == 0
   for s, name in enumerate(names):
     index = np.flatnonzero(seen[:, s])
     updates = -(-len(index) // c.train.batch_size)
-    m = start.model._replace(lora=_lora(c))
-    own = folder / f"model{s}"
+    tuning = _tuning(job, start, index, updates, s)
+    own, label = folder / f"model{s}", f"model {s + 1} of {p.models}"
     # Counted for every model: a resumed run has some of them already.
-    more = _tuning_cost(job, start, index, updates, s)
-    total += more.flops + passes.pass_flops(m, job.tokens("pool"))
-    tokens += more.tokens + len(job.tokens("pool").ids)
+    cost += tuning.cost + _pass_cost(tuning.model, rows)
     done = processes.from_first(
       lambda path=folder / name: "done" if path.exists() else ""
     )
     if not done:
-      label = f"model {s + 1} of {p.models}"
-      params, m = _tune(job, own, label, start, index, updates, s)
-      found, _ = _score(job, params, m, label)
-      loss = dpo_losses(found.logp.reshape(n, 2), start.sums, BETA)
-      loss = np.where(seen[:, s], np.nan, loss)
-      if jax.process_index() == 0:
+      params = _tune(job, own, label, start, tuning)
+      found, _ = _score(job, params, tuning.model, label)
+      loss = dpo_losses(found.logp.reshape(-1, 2), start.sums, BETA)
+      if writes:
+        loss = np.where(seen[:, s], np.nan, loss)
         disk.write_array(folder / name, loss)
-    if jax.process_index() == 0 and own.exists():
+    if writes and own.exists():
       own.rmtree()  # its losses are all that is read
-  if jax.process_index() == 0:
+  if writes:
     found = [disk.read_array(folder / name) for name in names]
-    path = folder / "held_out_loss.npy"
-    disk.write_array(path, np.stack(found, axis=1))
-  files = ["held_out_loss.npy", *names]
-  return files, Cost(total, tokens), dict(say=f"{p.models} models")
+    disk.write_array(folder / "held_out_loss.npy", np.stack(found, axis=1))
+  return ["held_out_loss.npy", *names], cost, dict(say=f"{p.models} models")
 
 
 def _price(z: JobSizes, models: int, updates: int) -> Price:
@@ -385,7 +355,7 @@ def _price(z: JobSizes, models: int, updates: int) -> Price:
   c, pairs, t = z.job.c, z.rows["pool"], int(z.tokens["pool"])
   proxy = config_of(c, z.model)._replace(lora=lora_of(c))
   row = decoder_flops(proxy, t)
-  trained = decoder_flops(proxy, t, passes=feed.passes(proxy))
+  trained = decoder_flops(proxy, t, passes=row_passes(proxy))
   before = 0 if columns.tuned(c) else 2 * pairs * row
   tuning = pairs * row + updates * c.train.batch_size * trained
   return Price(pairs * z.responses, "rows", before + models * 2 * tuning)

@@ -1,6 +1,5 @@
 """The ref_logps stage: what the reference says of the rows an arm kept."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,12 +15,11 @@ from jaxalign.data import tokens as tokens_lib
 from jaxalign.embed import passes
 from jaxalign.embed import store as stores
 from jaxalign.model.flops import decoder_flops
-from jaxalign.model.job import Arm, Job, lora_of
+from jaxalign.model.job import Arm, Job
 from jaxalign.select import columns
 from jaxalign.select.choose import selected_rows
 from jaxalign.select.samplers import chains
 from jaxalign.select.topk import budget_rows
-from jaxalign.train import feed
 from jaxalign.train.feed import (
   Batching,
   make_mismatched,
@@ -34,7 +32,7 @@ from jaxalign.train.reference import (
   reference_logps,
 )
 from jaxalign.train.row_columns import COLUMNS, columns_of, EXTRAS
-from jaxalign.train.statistics import needs_batch_logps, needs_mismatched
+from jaxalign.train.statistics import needs_mismatched
 
 
 def updates_for(job: Job, arm: Arm, n: int) -> int:
@@ -58,8 +56,7 @@ def rows_of(job: Job, arm: Arm) -> TrainRows:
   """The rows that an arm kept, without the reference's sums."""
   index = selected_rows(job, arm)
   ids, tokens = job.column("pool", "id"), job.tokens("pool")
-  responses = len(tokens.start) // len(ids)
-  row_of = index[:, None] * responses + np.arange(responses)
+  row_of = index[:, None] * job.responses + np.arange(job.responses)
   counts = np.float32((tokens_lib.row_lengths(tokens) - tokens.start)[row_of])
   label = None
   if job.kind == "unpaired":
@@ -153,11 +150,8 @@ def make_ref_logps(job: Job, arm: Arm, folder: Any) -> Made:
     for name, x in arrays.items():
       disk.write_array(folder / f"{name}.npy", x)
     disk.write_json(folder / "ref_ids.json", rows.ids)
-  flops, tokens = (
-    sum(getattr(x, n) for x in costs) for n in ("flops", "tokens")
-  )
   files = [*(f"{n}.npy" for n in arrays), "ref_ids.json"]
-  return files, Cost(flops, tokens), {}
+  return files, sum(costs, Cost()), {}
 
 
 def _passes_read(job: Job, arm: Arm) -> list[str]:
@@ -218,7 +212,7 @@ def stored_rows(job: Job, arm: Arm, folder: Any) -> TrainRows:
   return rows._replace(mismatched=mismatched)
 
 
-def _of_kept(z: JobSizes, arm: Arm) -> tuple[int, int, float]:
+def kept_sizes(z: JobSizes, arm: Arm) -> tuple[int, int, float]:
   """Rows that an arm keeps, its updates, and flops of a pass of an answer."""
   c, pool = z.job.c, z.rows["pool"]
   kept = budget_rows(arm.budget, pool, c.train.batch_size)
@@ -228,7 +222,7 @@ def _of_kept(z: JobSizes, arm: Arm) -> tuple[int, int, float]:
 
 def mismatched_rows(z: JobSizes, arm: Arm) -> int:
   """Answers under other prompts that a loss reads, one a row and update."""
-  _, updates, _ = _of_kept(z, arm)
+  _, updates, _ = kept_sizes(z, arm)
   rows = updates * z.job.c.train.batch_size * z.responses
   return rows if needs_mismatched(z.job.loss) else 0
 
@@ -238,25 +232,9 @@ def ref_logps_price(z: JobSizes, arm: Arm) -> Price | None:
   c, loss = z.job.c, z.job.loss
   if c.train.reference == "online":  # its pass is align's
     return None
-  kept, updates, each = _of_kept(z, arm)
+  kept, updates, each = kept_sizes(z, arm)
   source = columns.logps_stage(c, z.job.kind, chains.named(arm.sampler))
   own = kept * z.responses if loss.reference and source not in z.planned else 0
   other = mismatched_rows(z, arm)
   count = updates * c.train.batch_size * bool(other) + own
   return Price(count, "rows", (other + own) * each) if count else None
-
-
-def train_price(z: JobSizes, arm: Arm, evaluated: Callable) -> Price:
-  """Of `align`; `evaluated(kept, updates)` gives the rows of each split that
-  evaluations pass through the model."""
-  c, loss = z.job.c, z.job.loss
-  kept, updates, each = _of_kept(z, arm)
-  online = c.train.reference == "online"
-  policy = z.model._replace(lora=lora_of(c))
-  count = feed.passes(policy, needs_batch_logps(loss), online)
-  trained = decoder_flops(z.model, int(z.tokens["pool"]), passes=count)
-  flops = updates * c.train.batch_size * z.responses * trained
-  flops += (1 + online) * mismatched_rows(z, arm) * each
-  for split, n in evaluated(kept, updates).items():
-    flops += n * decoder_flops(z.model, int(z.tokens[split]))
-  return Price(updates, "updates", flops)

@@ -3,7 +3,7 @@
 In the layout that training has: a prompt is computed once for all its answers
 and hardly anything is padding. Padded rows go through `passes.score_rows`.
 Where products are narrower than float32 a row's sum depends on what is
-computed beside it: `logps_as_trained` runs the very batches of the training.
+computed with it: `logps_as_trained` runs the very batches of the training.
 """
 
 import functools
@@ -21,6 +21,7 @@ from jaxalign.train import online, packing
 from jaxalign.train.batch import Batch, Logps
 from jaxalign.train.feed import Batching, Feed, MismatchedRows, TrainRows
 from jaxalign.train.logps import PRODUCERS
+from jaxalign.train.packed_shapes import common_shape, needed_shape, round_up
 
 
 class Reference(NamedTuple):
@@ -95,23 +96,21 @@ def _packed_sums(reference, rows, index, ids):
   # What is short of a whole bin is the shortest row, again.
   of = np.append(np.arange(n), np.full(-n % own, np.argmin(sizes)))
   bins = packing.deal(sizes[of], len(of) // own)  # of places in `of`
-  length = packing.up(tokens.longest_row(lengths[index], m.context))
-  need = lambda b: packing.need(start[index[b, 0]], answers[b], length)
-  room = packing.largest([need(of[one]) for one in bins])
+  length = round_up(tokens.longest_row(lengths[index], m.context))
+  need = lambda b: needed_shape(start[index[b, 0]], answers[b], length)
+  room = common_shape(need(of[one]) for one in bins)
   devices = sharding.parts(mesh, "batch")
   calls = np.resize(bins, (-(-len(bins) // devices), devices, own))
   out = np.zeros((len(of), each), np.float32)
 
   def dense(one):
     named = None if ids is None else [ids[i] for i in one]
-    none = np.zeros_like(index[one])
-    return packing.pack(room, rows, index[one], none, named)
+    least = np.zeros_like(index[one])  # no prefix is read
+    return packing.pack(room, rows, index[one], least, named)
 
   def put(call):
     flat = of[call.reshape(-1)]
-    make = lambda places: jax.tree.map(
-      lambda *x: np.stack(x), *map(dense, of[call[places]])
-    )
+    make = lambda places: packing.stack(map(dense, of[call[places]]))
     count = lambda places: answers.astype(np.int32)[flat[places], :, None]
     return (
       sharding.put_rows(mesh, (devices,), make, "batch"),
@@ -136,7 +135,7 @@ def _packed_sums(reference, rows, index, ids):
 def _finite(reference, out, rows, index, ids=None):
   """Sums [n, R], all finite; else NumericError names the rows.
 
-  What is not finite spreads to the rows packed beside it. Padded rows keep it
+  What is not finite spreads to the rows packed with it. Padded rows keep it
   to themselves: this names them, and raises.
   """
   bad = np.flatnonzero(~np.isfinite(out).all(axis=1))
@@ -182,10 +181,10 @@ def logps_as_trained(
     PRODUCERS[producer](m, chunk), decoder.compiler_options(m)
   )
   total, prefix = np.full((2, n, r), np.nan, np.float32)
-  steps, others, beside = -(-n // batching.batch), 0, None
+  steps, others, other_sums = -(-n // batching.batch), 0, None
   if other is not None:
-    beside = np.zeros(len(other.start), np.float32)
-    others = len(beside) // batching.batch
+    other_sums = np.zeros(len(other.start), np.float32)
+    others = len(other_sums) // batching.batch
   with progress.bar(label, steps + others, "batches") as tick:
     feed = Feed(mesh, rows, batching)
     for step in range(steps):
@@ -197,17 +196,17 @@ def logps_as_trained(
         kept[where[fresh]] = sharding.fetch(x).reshape(-1, r)[fresh]
       tick(1)
     if others:
-      number = np.arange(len(beside), dtype=np.int32)
+      number = np.arange(len(other_sums), dtype=np.int32)
       rows = rows._replace(mismatched=MismatchedRows(other, number))
       feed = Feed(mesh, rows, batching)
     for step in range(others):
       kl = feed.batch_at(step).mismatched
       ref = fill(params, Batch(kl.tokens, kl.mask, Logps(kl.ref_sum))).ref
       where = sharding.fetch(kl.ref_sum).reshape(-1)
-      beside[where] = sharding.fetch(ref.sum).reshape(-1)
+      other_sums[where] = sharding.fetch(ref.sum).reshape(-1)
       tick(1)
   total = _finite(reference, total, rows.tokens, rows.row_of, rows.ids)
   if other is not None:
-    index = np.arange(len(beside))[:, None]
-    beside = _finite(reference, beside[:, None], other, index)[:, 0]
-  return Logps(total, rows.ref_count, prefix), beside
+    index = np.arange(len(other_sums))[:, None]
+    other_sums = _finite(reference, other_sums[:, None], other, index)[:, 0]
+  return Logps(total, rows.ref_count, prefix), other_sums

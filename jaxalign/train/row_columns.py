@@ -1,4 +1,4 @@
-"""What a loss reads of its rows beside sums, computed once before training.
+"""What a loss reads of its rows besides sums, computed once before training.
 
 A new one is one entry of COLUMNS: a name that a loss declares with `needs`.
 """

@@ -14,7 +14,7 @@ from jaxalign.model.job import Job
 from jaxalign.train.feed import TrainRows
 from jaxalign.train.loop import TrainOptions
 from jaxalign.train.losses import LOSSES
-from jaxalign.train.trainer import Recipe, train
+from jaxalign.train.trainer import from_knobs, Recipe, train
 
 RECIPE = dict(  # of the SFT model; the rest stands in config.sft
   accumulation=1,
@@ -40,16 +40,18 @@ def given_reference(job: Job) -> str:
 
 def make_sft(job: Job, arm: None, folder: Any) -> Made:
   """Trains the reference, where no checkpoint is given."""
-  c, m = job.c, job.model
-  params = decoder.init(jax.random.key(c.data.seed), m)
-  updates, every, explode = c.sft.updates, c.sft.save_every, c.train.explode
-  options = TrainOptions(folder, "sft", updates, every, explode=explode)
+  c, m, seed = job.c, job.model, job.c.data.seed
+  params = decoder.init(jax.random.key(seed), m)
   knobs = RECIPE | c.sft.to_dict()
-  recipe = Recipe.of(knobs, seed=c.data.seed, head_chunk=c.model.head_chunk)
-  begin = lambda _: (params, {})
-  rows = _rows(job)
+  named = dict(folder=folder, label="sft", explode=c.train.explode)
   cost, weights = train(
-    job.mesh, m, begin, rows, LOSSES["sft"], recipe, options
+    job.mesh,
+    m,
+    lambda _: (params, {}),
+    _rows(job),
+    LOSSES["sft"],
+    from_knobs(Recipe, knobs, seed=seed, head_chunk=c.model.head_chunk),
+    from_knobs(TrainOptions, knobs, **named),
   )
   return list(TRAINED), cost, dict(weights=weights)
 
@@ -60,16 +62,13 @@ def sft_fields(job: Job, arm: None) -> dict[str, Any]:
 
 def _rows(job: Job) -> TrainRows:
   """The sft split; without one, the pool's better answers."""
-  split, tokens = "sft", job.tokens("sft")
+  split = "sft" if len(job.tokens("sft").start) else "pool"
+  tokens, ids = job.tokens(split), job.column(split, "id")
   rows = np.arange(len(tokens.start))
-  if not len(rows):  # data.split.sft is 0
-    split, tokens = "pool", job.tokens("pool")
-    rows = np.arange(len(tokens.start))
-    if job.kind == "pairs":
-      rows = rows[::2]
-    else:
-      rows = rows[np.array(job.column("pool", "label"), bool)]
-  ids = job.column(split, "id")
+  if split == "pool":
+    pairs = job.kind == "pairs"
+    label = () if pairs else np.array(job.column(split, "label"), bool)
+    rows = rows[::2] if pairs else rows[label]
   each = len(tokens.start) // len(ids)
   none, one = np.zeros((len(rows), 1), np.float32), np.ones((len(rows), 1))
   ids = [ids[i // each] for i in rows]

@@ -38,7 +38,7 @@ class Statistic(NamedTuple):
     by_row: whether every row has its own.
     reads: "" (the batch), "batch_logps" (the policy's sums of every row, a
       forward pass of their own) or "mismatched" (those of KTO's rows).
-    init: `() -> state` at the start of a run, saved with the optimizer's.
+    init: `() -> state` before the first update, saved with the optimizer's.
   """
 
   compute: Callable
@@ -88,7 +88,6 @@ class RunningMean:
 
 
 def init_mean() -> RunningMean:
-  """No numbers yet: 0."""
   return RunningMean(jnp.zeros(()), jnp.zeros(()))
 
 
@@ -163,16 +162,11 @@ def make_statistics(logps_fn: Callable, loss_fn: Callable) -> Callable:
 
   `scalars` and `rows` are dicts by name: of numbers, and of arrays
   [A, b, ...], laid as the batch is; `states` are those of `init_statistics`
-  with this batch in them.
-
-  Args:
-    logps_fn: of the policy, see `step.make_gradients`.
-    loss_fn: `loss_fn.stats` lists what is computed.
+  with this batch in them. Arguments as of `step.make_gradients`.
   """
   wanted = _wanted(loss_fn)
 
   def sums(params, tokens, mask):
-    """[A, b, R] sums of all micro-batches."""
     each = lambda _, micro: (None, logps_fn(params, *micro).sum)
     return jax.lax.scan(each, None, (tokens, mask))[1]
 
@@ -193,10 +187,9 @@ def make_statistics(logps_fn: Callable, loss_fn: Callable) -> Callable:
       policy, ref = (x.reshape(-1, x.shape[-1]) for x in whole)
     whole = Whole(batch, loss_fn, other, policy, ref)
     for name, one in wanted.items():
-      if one.init is not None:
-        value, states[name] = one.compute(whole, states[name])
-      else:
-        value = one.compute(whole)
+      value = one.compute(whole, *([states[name]] if one.init else []))
+      if one.init:
+        value, states[name] = value
       if one.by_row:
         rows[name] = laid(value, batch.ref.sum.shape[:2])
       else:

@@ -28,7 +28,7 @@ class TrainState:
   step: jax.Array  # int32 scalar: updates done
   # States of the running statistics of the loss, see `statistics.STATISTICS`.
   statistics: dict[str, Any] = struct.field(default_factory=dict)
-  ema: Any = ()  # running mean of the parameters, see `keep_ema`
+  ema: Any = ()  # running mean of the parameters, see `online.with_ema`
   ref: Any = ()  # a reference that is refreshed, see `online.with_refresh`
 
 
@@ -37,8 +37,7 @@ def init_state(
   tx: optax.GradientTransformation,
   loss_fn: Callable | None = None,
 ) -> TrainState:
-  """A fresh state around parameters; the optimizer's moments are sharded as
-  the parameters are."""
+  """A fresh state; the moments are sharded as the parameters are."""
   opt_state, step = jax.jit(tx.init)(params), jnp.zeros((), jnp.int32)
   return TrainState(params, opt_state, step, init_statistics(loss_fn))
 
@@ -49,11 +48,10 @@ def make_gradients(
 ) -> Callable:
   """Returns `gradients(trained, batch, frozen, found) -> (gradients, metrics)`.
 
-  The parameters are `trained | frozen`, two dicts with no name in common;
-  gradients are those of `trained`, no other is formed. They are sums over rows,
-  accumulated in float32 by a scan over the micro-batches of a `Batch` and
-  divided once by A * b: equal to the large batch. `found` is the (scalars,
-  rows) of `make_statistics` on this batch; None: as at the start of a run.
+  The parameters are `trained | frozen`; gradients are of `trained` alone. They
+  are sums over rows, accumulated in float32 by a scan over the micro-batches of
+  a `Batch` and divided once by A * b: equal to the large batch. `found` is the
+  (scalars, rows) of `make_statistics` on this batch; None: before any update.
 
   Args:
     logps_fn: `(params, tokens, mask) -> Logps [b, R]`, see `logps.PRODUCERS`.
@@ -105,9 +103,8 @@ def make_train_step(
 ) -> Callable:
   """Returns `train_step(state, batch, frozen={}) -> (state, metrics)`.
 
-  `state` is donated. `frozen` are parameters beside `state.params` that the
-  step only reads, the base of adapters for instance; they are not donated, so
-  that the reference may be these very arrays.
+  `state` is donated. `frozen` are parameters that the step only reads, such as
+  the base of adapters; not donated, so the reference may be these very arrays.
 
   Args:
     logps_fn, loss_fn: as of `make_gradients`.
@@ -134,37 +131,3 @@ def make_train_step(
     return TrainState(params, opt_state, state.step + 1, states), totals
 
   return train_step
-
-
-def begin_ema(state: TrainState) -> TrainState:
-  """A fresh state whose running mean is its own parameters."""
-  return state.replace(ema=jax.tree.map(jnp.copy, state.params))
-
-
-@functools.lru_cache(maxsize=8)
-def _make_mix(decay):
-  def mix(ema, params):
-    return jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
-
-  return jax.jit(mix, donate_argnums=0)
-
-
-def keep_ema(train_step: Callable, decay: float) -> Callable:
-  """`train_step` that also moves `state.ema`, by
-  ema = decay ema + (1 - decay) params after every update, in float32.
-
-  The mean starts at the first weights, so nothing is corrected for a start at
-  zero; a short run wants a small decay: 0.99 remembers about 100 updates. Of
-  adapters A and B are averaged apart, which is not the mean of their product.
-
-  Args:
-    train_step: `(state, batch) -> (state, metrics)`.
-    decay: in (0, 1).
-  """
-  mix = _make_mix(decay)
-
-  def step(state, batch):
-    after, totals = train_step(state.replace(ema=()), batch)
-    return after.replace(ema=mix(state.ema, after.params)), totals
-
-  return step

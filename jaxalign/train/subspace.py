@@ -9,7 +9,7 @@ not one step away from it. And G is the gradient itself, the step of plain
 gradient descent, where the paper takes its sign, AdamW's first step: a sign
 needs all of G, while singular vectors need no more than its products with
 narrow matrices (Halko et al. 2011). Those are gradients of adapters: of
-(x A) B beside x W, at B = 0, dB = A^T G, and at A = 0, dA = G B^T. So no full
+x W + (x A) B, at B = 0, dB = A^T G, and at A = 0, dA = G B^T. So no full
 gradient is ever held, only [in, k] and [k, out].
 """
 
@@ -25,7 +25,7 @@ from jaxalign.core.errors import NumericError
 from jaxalign.model import adapters, decoder
 from jaxalign.model.parameters import Params
 
-SPARE = 8  # directions beside the r wanted, as Halko et al. advise
+SPARE = 8  # directions more than the r wanted, as Halko et al. advise
 POWERS = 2  # times that the range is multiplied by G G^T
 
 

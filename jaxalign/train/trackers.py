@@ -1,12 +1,13 @@
-"""Where metrics go beside metrics.jsonl: TensorBoard, Weights & Biases.
+"""Where metrics and profiles go: TensorBoard, Weights & Biases, JAX's profiler.
 
-Each is imported where it is named, by process 0 alone. A tracker that
-fails is named once and left out: no run ends because a plot could not be drawn.
+A tracker is imported where it is named, by process 0 alone. One that fails is
+named once and left out: no run ends because a plot could not be drawn.
 """
 
 from collections.abc import Callable, Mapping
 import os
 import secrets
+import tempfile
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -115,3 +116,24 @@ def open_all(
       guarded(name, one.close)
 
   return Tracker(log, close)
+
+
+def start_profile(folder: epath.Path) -> Callable[[], None]:
+  """Starts a profile of JAX; the function returned ends it, in `folder`.
+
+  The profiler writes local files alone: for gs:// it writes into a temporary
+  folder, which is then copied.
+  """
+  if "://" not in str(folder):
+    jax.profiler.start_trace(str(folder))
+    return jax.profiler.stop_trace
+  local = epath.Path(tempfile.mkdtemp(prefix="jaxalign_profile_"))
+  jax.profiler.start_trace(str(local))
+
+  def stop():
+    jax.profiler.stop_trace()
+    for path in (p for p in local.rglob("*") if p.is_file()):
+      disk.write_bytes(folder / path.relative_to(local), path.read_bytes())
+    local.rmtree()
+
+  return stop

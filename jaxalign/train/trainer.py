@@ -4,15 +4,19 @@ from collections.abc import Callable
 import functools
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+
 from jaxalign.core import devices
 from jaxalign.core.artifacts import Cost
 from jaxalign.core.fingerprint import fingerprint
-from jaxalign.model import decoder
-from jaxalign.train import feed as feeds
+from jaxalign.model import adapters, decoder
 from jaxalign.train import loop, optim
-from jaxalign.train import step as steps
+from jaxalign.train.feed import Batching, Feed, TrainRows
 from jaxalign.train.logps import PRODUCERS
 from jaxalign.train.statistics import needs_batch_logps
+from jaxalign.train.step import init_state, make_train_step
+from jaxalign.train.training_cost import training_cost, useful_cost
 
 ALLORA_ETA = 4.0  # an update's factor where B is 0
 
@@ -36,16 +40,10 @@ class Recipe(NamedTuple):
   logps: str = "chunked"
   online: bool = False  # whether every update has a pass of the reference
 
-  @classmethod
-  def of(cls, knobs: Any, **more: Any) -> "Recipe":
-    """The recipe of some knobs, others left out."""
-    known = {n: knobs[n] for n in cls._fields if n in knobs}
-    return cls(**known | more)
-
-  def batching(self, m: decoder.ModelConfig) -> feeds.Batching:
+  def batching(self, m: decoder.ModelConfig) -> Batching:
     """How rows become the batches of a model."""
     cut = self.batch_size, self.seed, self.accumulation
-    return feeds.Batching(*cut, m.context, self.layout)
+    return Batching(*cut, m.context, self.layout)
 
   def optimizer_of(self, m: decoder.ModelConfig):
     """(optimizer, learning rate by update)."""
@@ -53,20 +51,44 @@ class Recipe(NamedTuple):
     tx = optim.make_optimizer(**decay, name=self.optimizer)
     if m.lora and m.lora.variant == "allora":
       tx = optim.allora(tx, ALLORA_ETA)
-    rate = optim.make_schedule(
-      lr=self.lr,
-      updates=self.updates,
-      warmup_ratio=self.warmup_ratio,
-      schedule=self.schedule,
-    )
-    return tx, rate
+    names = "lr", "updates", "warmup_ratio", "schedule"
+    return tx, optim.make_schedule(**{n: getattr(self, n) for n in names})
+
+
+def from_knobs(kind: type, knobs: Any, **more: Any) -> Any:
+  """A Recipe or TrainOptions whose fields are knobs of a config, and `more`."""
+  return kind(**{n: knobs[n] for n in kind._fields if n in knobs} | more)
+
+
+def begin_from(
+  base: decoder.Params,
+  m: decoder.ModelConfig,
+  seed: int,
+  fixed: decoder.Params = {},
+) -> tuple[decoder.Params, decoder.Params]:
+  """(trained, frozen) parameters that compute what the base does.
+
+  Args:
+    base: without adapters; emptied where all weights are trained: the step
+      donates its state, and never are both held whole.
+    m: the model's sizes, with adapters or without.
+    seed: of the adapters.
+    fixed: matrices of adapters that are not drawn but given.
+  """
+  if m.lora is None:
+    own = lambda x: jnp.array(x, jnp.float32).block_until_ready()
+    return {name: own(base.pop(name)) for name in list(base)}, {}
+  fresh = adapters.init(jax.random.key(seed), decoder.table(m)) | fixed
+  adapters.assert_zero(fresh)
+  trained, still = adapters.split(fresh, m.lora)
+  return trained, base | still
 
 
 def train(
   mesh: Any,
   m: decoder.ModelConfig,
   begin: Callable,
-  rows: feeds.TrainRows,
+  rows: TrainRows,
   loss: Callable,
   recipe: Recipe,
   options: loop.TrainOptions,
@@ -77,8 +99,8 @@ def train(
   Args:
     mesh: the current mesh.
     m: the model's sizes.
-    begin: `begin(batch_at)` -> (parameters to train, those beside them that
-      stay); `batch_at` gives the batch of an update.
+    begin: `begin(batch_at)` -> (trained, frozen) parameters; `batch_at` gives
+      the batch of an update.
     rows: what is trained on.
     loss: from `losses.bind`.
     recipe: how.
@@ -90,13 +112,12 @@ def train(
   """
   batching = recipe.batching(m)
   tx, rate = recipe.optimizer_of(m)
-  feed = feeds.Feed(mesh, rows, batching, rate)
+  feed = Feed(mesh, rows, batching, rate)
   logps_fn = PRODUCERS[recipe.logps](m, recipe.head_chunk)
-  compiler = decoder.compiler_options(m)
-  train_step = steps.make_train_step(logps_fn, loss, tx, compiler)
+  train_step = make_train_step(logps_fn, loss, tx, decoder.compiler_options(m))
   params, frozen = begin(feed.batch_at)
   state, step = extend(
-    steps.init_state(params, tx, loss),
+    init_state(params, tx, loss),
     lambda state, batch: train_step(state, batch, frozen),
   )
   whole = lambda measure, params: measure(params | frozen)
@@ -105,14 +126,11 @@ def train(
   }
   more = needs_batch_logps(loss), recipe.online
   peak = mesh.size * devices.peak_flops(mesh.devices.flat[0])
-
-  def ideal_seconds(step):
-    if not peak:
-      return 0.0
-    return feeds.useful_cost(m, rows, batching, step, *more) / peak
-
+  ideal_seconds = lambda step: (
+    useful_cost(m, rows, batching, step, *more) / peak if peak else 0.0
+  )
   options = options._replace(evaluations=evaluations)
-  last = loop.fit(state, step, feed, options, ideal_seconds)
+  last = loop.run_updates(state, step, feed, options, ideal_seconds)
   updates = int(last.step)  # it may have stopped early
-  cost = Cost(*feeds.training_cost(m, rows, batching, updates, *more))
-  return cost, fingerprint(last.params)
+  cost = training_cost(m, rows, batching, updates, *more)
+  return Cost(*cost), fingerprint(last.params)

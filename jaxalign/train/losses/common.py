@@ -15,14 +15,14 @@ MAX_EXPONENT = 80.0
 def needs(
   kind: str, *stats: str, extras: tuple[str, ...] = (), reference: bool = True
 ) -> Callable:
-  """Declares the rows of a loss and what it reads beside sums and counts.
+  """Declares the rows of a loss and what it reads besides sums and counts.
 
   Args:
     kind: "pairs" ([B, 2]), "unpaired" ([B, 1] and a label) or "rows" ([B, R]).
     *stats: keys of `stats`: "label" [B] bool; columns of the rows,
       `reference.COLUMNS`; and statistics of the whole batch of an update,
       `statistics.STATISTICS`, which carry no gradient.
-    extras: fields of Logps beside sum and count, of policy and reference.
+    extras: fields of Logps besides sum and count, of policy and reference.
     reference: whether `ref` is read at all.
   """
 
@@ -60,8 +60,7 @@ def mean(sums: jax.Array, logps: Logps) -> jax.Array:
 
 
 def smoothed(z: jax.Array, eps: float) -> jax.Array:
-  """-(1 - eps) log sigmoid(z) - eps log sigmoid(-z): a logistic loss whose
-  labels are wrong with chance eps."""
+  """A logistic loss whose labels are wrong with chance eps."""
   return -(1 - eps) * jax.nn.log_sigmoid(z) - eps * jax.nn.log_sigmoid(-z)
 
 
@@ -71,7 +70,7 @@ def bounded_exp(x: jax.Array) -> jax.Array:
 
 
 def bounded_expm1(x: jax.Array) -> jax.Array:
-  """e^x - 1 with the exponent held at 80, where float32 still is finite."""
+  """exp(min(x, 80)) - 1, exact near 0."""
   return jnp.expm1(jnp.minimum(x, MAX_EXPONENT))
 
 

@@ -40,10 +40,8 @@ def dpo(policy, ref, stats, *, beta=0.1, label_smoothing=0.0):
     [B] loss in nats (ln 2 where policy equals reference), and [B] metrics.
   """
   reward = beta * ratios(policy, ref)
-  return (
-    smoothed(margin(reward), label_smoothing),
-    pair_metrics(policy, reward),
-  )
+  loss = smoothed(margin(reward), label_smoothing)
+  return loss, pair_metrics(policy, reward)
 
 
 @needs("pairs")
@@ -57,10 +55,8 @@ def robust(policy, ref, stats, *, beta=0.1, label_smoothing=0.1):
   """
   reward = beta * ratios(policy, ref)
   z, eps = margin(reward), label_smoothing
-  loss = (-(1 - eps) * jax.nn.log_sigmoid(z) + eps * jax.nn.log_sigmoid(-z)) / (
-    1 - 2 * eps
-  )
-  return loss, pair_metrics(policy, reward)
+  loss = -(1 - eps) * jax.nn.log_sigmoid(z) + eps * jax.nn.log_sigmoid(-z)
+  return loss / (1 - 2 * eps), pair_metrics(policy, reward)
 
 
 @needs("pairs")
@@ -124,10 +120,9 @@ def exo(policy, ref, stats, *, beta=0.1, epsilon=1e-3):
   """
   reward = beta * ratios(policy, ref)
   z = margin(reward)
-  loss = jax.nn.sigmoid(z) * (
-    jax.nn.log_sigmoid(z) - jnp.log1p(-epsilon)
-  ) + jax.nn.sigmoid(-z) * (jax.nn.log_sigmoid(-z) - jnp.log(epsilon))
-  return loss, pair_metrics(policy, reward)
+  up = jax.nn.sigmoid(z) * (jax.nn.log_sigmoid(z) - jnp.log1p(-epsilon))
+  down = jax.nn.sigmoid(-z) * (jax.nn.log_sigmoid(-z) - jnp.log(epsilon))
+  return up + down, pair_metrics(policy, reward)
 
 
 @needs("pairs")
@@ -160,12 +155,10 @@ def bco_pair(policy, ref, stats, *, beta=0.1):
   """
   delta = jax.lax.stop_gradient(stats["delta"])
   reward = beta * ratios(policy, ref)
-  loss = -jax.nn.log_sigmoid(reward[:, 0] - delta) - jax.nn.log_sigmoid(
-    -(reward[:, 1] - delta)
-  )
-  return loss, pair_metrics(policy, reward) | {
-    "delta": jnp.ones_like(loss) * delta
-  }
+  liked = -jax.nn.log_sigmoid(reward[:, 0] - delta)
+  loss = liked - jax.nn.log_sigmoid(-(reward[:, 1] - delta))
+  metrics = pair_metrics(policy, reward)
+  return loss, metrics | {"delta": jnp.ones_like(loss) * delta}
 
 
 @needs("pairs")
@@ -216,10 +209,9 @@ def discopop(policy, ref, stats, *, beta=0.1, tau=0.05):
   """
   reward = beta * ratios(policy, ref)
   z = margin(reward)
-  loss = -jax.nn.sigmoid(-z / tau) * jax.nn.log_sigmoid(z) + bounded_exp(
-    jax.nn.log_sigmoid(z / tau) - z
-  )
-  return loss, pair_metrics(policy, reward)
+  logistic = -jax.nn.sigmoid(-z / tau) * jax.nn.log_sigmoid(z)
+  exponential = bounded_exp(jax.nn.log_sigmoid(z / tau) - z)
+  return logistic + exponential, pair_metrics(policy, reward)
 
 
 @needs("pairs")
@@ -241,9 +233,8 @@ def ld_dpo(policy, ref, stats, *, beta=0.1, tail_weight=0.5):
   """Length-desensitised DPO, Liu et al. 2024.
 
   DPO on sums whose tokens past L = min(n_w, n_l) weigh alpha = `tail_weight`
-  in [0, 1]: prefix + alpha (sum - prefix), of policy AND reference, so that
-  the start is ln 2; LLaMA-Factory weighs the policy only. 1 is DPO, 0 drops
-  the tail. alpha is applied here, never to stored log-probabilities.
+  in [0, 1]: prefix + alpha (sum - prefix), of policy AND reference: initially
+  ln 2. LLaMA-Factory weighs the policy only. 1 is DPO, 0 drops the tail.
   `Logps.common_prefix` [B, 2] holds the sums over the first L tokens.
   """
 
@@ -259,17 +250,15 @@ def ld_dpo(policy, ref, stats, *, beta=0.1, tail_weight=0.5):
 # -log sigmoid(beta (s(r_w) - s(r_l))) with s = f' of the divergence at exp(r),
 # over sums, up to a constant that no difference sees; s(r) = r is plain DPO.
 # Those with an exponential are shifted to s(0) = 0, which keeps float32 exact
-# near the start. Initially ln 2. TRL lets an f-divergence into hinge, IPO,
+# near r = 0. Initially ln 2. TRL lets an f-divergence into hinge, IPO,
 # EXO, robust and DiscoPOP too; the paper derives the logistic form only, and
 # so do these.
 
 
 def _logistic(policy, r, scores, beta):
   """The loss on scores [B, 2]; the rewards logged are beta r, as TRL's."""
-  return (
-    -jax.nn.log_sigmoid(beta * margin(scores)),
-    pair_metrics(policy, beta * r),
-  )
+  loss = -jax.nn.log_sigmoid(beta * margin(scores))
+  return loss, pair_metrics(policy, beta * r)
 
 
 @needs("pairs")
@@ -328,10 +317,8 @@ def aot(policy, ref, stats, *, beta=0.1, label_smoothing=0.0):
   """
   matched = jax.lax.stop_gradient(stats["matched_margins"])
   z = beta * (margin(policy.sum) - matched)
-  return (
-    smoothed(z, label_smoothing),
-    pair_metrics(policy, beta * ratios(policy, ref)),
-  )
+  loss = smoothed(z, label_smoothing)
+  return loss, pair_metrics(policy, beta * ratios(policy, ref))
 
 
 @needs("pairs", "matched_ratios")
@@ -348,8 +335,7 @@ def aot_unpaired(policy, ref, stats, *, beta=0.1, label_smoothing=0.0):
   """
   matched = jax.lax.stop_gradient(stats["matched_ratios"])
   r = ratios(policy, ref)
-  both = smoothed(beta * (r[:, 0] - matched[:, 0]), label_smoothing) + smoothed(
-    beta * (matched[:, 1] - r[:, 1]), label_smoothing
-  )
+  value = lambda gap: smoothed(beta * gap, label_smoothing)
+  both = value(r[:, 0] - matched[:, 0]) + value(matched[:, 1] - r[:, 1])
   loss = both - jax.lax.stop_gradient(0.5 * both)
   return loss, pair_metrics(policy, beta * r)

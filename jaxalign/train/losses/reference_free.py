@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.train.losses.common import (
+  bounded_expm1,
   margin,
-  MAX_EXPONENT,
   mean,
   needs,
   pair_metrics,
@@ -81,10 +81,8 @@ def simpo(policy, ref, stats, *, beta=2.0, gamma=0.5):
   term left on unless cpo_alpha = 0.
   """
   reward = beta * mean(policy.sum, policy)
-  return (
-    -jax.nn.log_sigmoid(margin(reward) - gamma),
-    pair_metrics(policy, reward),
-  )
+  loss = -jax.nn.log_sigmoid(margin(reward) - gamma)
+  return loss, pair_metrics(policy, reward)
 
 
 @needs("pairs", reference=False)
@@ -96,16 +94,9 @@ def alphapo(policy, ref, stats, *, beta=2.0, gamma=0.5, alpha=0.25):
   The exponent -alpha mean(l) is held at 80; TRL's p^-alpha of p = 0 is inf.
   """
   l = mean(policy.sum, policy)
-  shaped = (
-    l
-    if alpha == 0
-    else (-jnp.expm1(jnp.minimum(-alpha * l, MAX_EXPONENT)) / alpha)
-  )
-  reward = beta * shaped
-  return (
-    -jax.nn.log_sigmoid(margin(reward) - gamma),
-    pair_metrics(policy, reward),
-  )
+  reward = beta * (-bounded_expm1(-alpha * l) / alpha if alpha else l)
+  loss = -jax.nn.log_sigmoid(margin(reward) - gamma)
+  return loss, pair_metrics(policy, reward)
 
 
 @needs("pairs", reference=False)

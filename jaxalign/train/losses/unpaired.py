@@ -1,4 +1,4 @@
-"""Losses on single answers, liked or disliked.
+"""Losses on single answers, liked (desirable) or disliked.
 
 Every one takes Logps [B, 1] of policy and reference and stats["label"] [B]
 bool (true: desirable); r = policy - ref over SUMS. Metrics of one class are
@@ -108,16 +108,15 @@ def kto(policy, ref, stats, *, beta=0.1, desirable=1.0, undesirable=1.0):
   r = ratios(policy, ref)[:, 0]
   weight = jnp.where(label, desirable, undesirable)
   loss = weight * jax.nn.sigmoid(-beta * _sign(label) * (r - z0))
-  return loss, unpaired_metrics(policy, beta * r, label) | {
-    "kl": jnp.ones_like(loss) * z0
-  }
+  metrics = unpaired_metrics(policy, beta * r, label)
+  return loss, metrics | {"kl": jnp.ones_like(loss) * z0}
 
 
 @needs("unpaired", "label")
 def apo_zero_unpaired(
   policy, ref, stats, *, beta=0.1, desirable=1.0, undesirable=1.0
 ):
-  """APO-zero on unpaired, D'Oosterlinck et al. 2024, eq. 7: KTO with z0 = 0.
+  """Unpaired APO-zero, D'Oosterlinck et al. 2024, eq. 7: KTO with z0 = 0.
 
   Desirable rows w_D (1 - sigmoid(beta r)), undesirable rows
   w_U sigmoid(beta r), sums; no mismatched answers, so no second pass. TRL's
@@ -143,9 +142,8 @@ def bco(policy, ref, stats, *, beta=0.1):
   delta = jax.lax.stop_gradient(stats["delta"])
   reward = beta * ratios(policy, ref)[:, 0]
   loss = -jax.nn.log_sigmoid(_sign(label) * (reward - delta))
-  return loss, unpaired_metrics(policy, reward, label) | {
-    "delta": jnp.ones_like(loss) * delta
-  }
+  metrics = unpaired_metrics(policy, reward, label)
+  return loss, metrics | {"delta": jnp.ones_like(loss) * delta}
 
 
 @needs("unpaired", "label", "delta", "weights")
