@@ -19,7 +19,7 @@ X = [0, 10, 25, 50, 75, 100]
 
 
 def fit(y=HH):
-  return json.loads(json.dumps(plateau.fit(X, y)))
+  return json.loads(json.dumps(plateau.fit_plateau(X, y)))
 
 
 def judged():
@@ -120,7 +120,7 @@ def text(section, found):
   return " ".join(" ".join(document.text).replace("\u00a0", " ").split())
 
 
-SEEDS = plateau.fit(X * 2, HH + [v - 1 for v in HH])
+SEEDS = plateau.fit_plateau(X * 2, HH + [v - 1 for v in HH])
 RULES = "|".join(interrater.UNPARSABLE.values())
 # What is said of which JSON, and what is not.
 SAID = [

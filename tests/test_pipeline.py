@@ -85,7 +85,7 @@ def test_a_knob_changes_its_stages_and_no_other(job, monkeypatch, knob):
     record.content = found.content if same else key
     return record
 
-  monkeypatch.setattr(artifacts, "run", look)
+  monkeypatch.setattr(artifacts, "run_stage", look)
   monkeypatch.setattr(main, "study_text", stop)
   assert jobs.run(job, knob).code is None
   own = [

@@ -259,7 +259,7 @@ def a_job(sampler, compare=(), **knobs):
 
 ROWS = dict(sft=200, pool=160, held_out=40)
 TOKENS = dict.fromkeys(ROWS, 14.0)
-SIZES = plan.Sizes(ROWS, TOKENS)
+SIZES = plan.DataSizes(ROWS, TOKENS)
 
 
 def planned(job, arms):
@@ -332,7 +332,7 @@ def test_a_choice_runs_where_its_sampler_does(monkeypatch):
   rows = ROWS | dict(pool=200_000)
   seconds = lambda job, arms: {
     x.arm: x.seconds
-    for x in plan.plan_lines(job, arms, plan.Sizes(rows, TOKENS))
+    for x in plan.plan_lines(job, arms, plan.DataSizes(rows, TOKENS))
     if x.stage == "select"
   }
   rest = 200_000 * (choose.SECONDS_A_ROW + 2 * 4 * 32 / choose.READING)

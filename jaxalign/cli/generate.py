@@ -6,7 +6,7 @@ r"""Text from a model: `python -m jaxalign.generate`.
     --input=prompts.jsonl --output=answers.jsonl --answers=4
 
 Prompts are texts (--prompt, or the lines of a .txt), or rows of a .jsonl with
-`prompt` or `messages`. They are asked through the tokenizer's chat template
+`prompt` or `messages`. They are written by the tokenizer's chat template
 where it has one, and an answer ends where the template ends a turn. An answer
 is a row {"prompt", "answer", "tokens", "ended"}, of several with "sample". The
 same seed gives the same answers on any number of devices. Exit codes as of

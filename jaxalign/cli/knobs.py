@@ -13,7 +13,7 @@ from jaxalign.model import decoder
 from jaxalign.select import mixture
 from jaxalign.select.samplers import isa, values
 from jaxalign.select.topk import budget_rows
-from jaxalign.study import pilot
+from jaxalign.study.pilot import AUTO, check_pilot
 from jaxalign.train import feed, optim
 from jaxalign.train.logps import PRODUCERS
 
@@ -119,8 +119,8 @@ def check_knobs(c: Any) -> None:
     for message in found:
       raise ConfigError(message)
   mixture.components_of(c.select.mixture.components)
-  pilot.check(c)
-  auto = c.select.budget == pilot.AUTO
+  check_pilot(c)
+  auto = c.select.budget == AUTO
   for budget in (*c.pilot.budgets, *c.budgets, *[c.select.budget] * (not auto)):
     if not budget > 1 or budget % 1:
       budget_rows(float(budget), 1 << 40)  # rows: once the pool is read

@@ -119,17 +119,17 @@ class Job:
     else:
       folder = self.folder(stage, arm) if folder is None else folder
       how = self.described[name] = self.describe(stage, arm)
-      record = artifacts.run(folder, name, how, make)
+      record = artifacts.run_stage(folder, name, how, make)
     for warning in record.result.get("warnings", ()):
       progress.say(f"  warning: {warning}")
     self.records[arm.name if kind.of_arm else "", name] = record
     return record
 
   def begin(self, name: str, result: dict[str, Any]) -> bool:
-    """Marks a shared stage as begun, see `artifacts.begin`."""
+    """Marks a shared stage as begun, see `artifacts.begin_stage`."""
     stage = self.stages[name]
     how = self.describe(stage)
-    return artifacts.begin(self.folder(stage), name, how, result)
+    return artifacts.begin_stage(self.folder(stage), name, how, result)
 
   def made_of(self, name: str) -> dict[str, Any]:
     """The fields and inputs of a shared stage, flat."""

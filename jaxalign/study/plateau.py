@@ -188,7 +188,7 @@ def _checked(
   return x, y
 
 
-def fit(x: Sequence[float], y: Sequence[float]) -> dict[str, Any]:
+def fit_plateau(x: Sequence[float], y: Sequence[float]) -> dict[str, Any]:
   """Fits the plateau, bounds its numbers, and weighs it against the others.
 
   Args:
@@ -204,7 +204,7 @@ def fit(x: Sequence[float], y: Sequence[float]) -> dict[str, Any]:
       predicting each x but the smallest from the others, in the unit of y.
     "best": the curve with the least held-out error.
     "x", "y": as given.
-    "words": what may be said, a list of sentences.
+    "words": what the points support, a list of sentences.
 
   Raises:
     DataError: fewer than four different x, or numbers that are none.
@@ -263,7 +263,7 @@ def enough(fit: dict[str, Any], margin: float) -> dict[str, Any]:
   linear in r, so the gain alone is searched.
 
   Args:
-    fit: of `fit`.
+    fit: of `fit_plateau`.
     margin: in the unit of its win rates, above 0.
 
   Returns:

@@ -1,6 +1,7 @@
 """`python -m jaxalign.train`: see jaxalign/cli/train.py."""
 
-from jaxalign.cli.exits import start_module
+import importlib
 
 if __name__ == "__main__":
-  start_module("jaxalign.cli.train", "jaxalign: reading the config")
+  exits = importlib.import_module("jaxalign.cli.exits")
+  exits.start_module("jaxalign.cli.train", "jaxalign: reading the config")
