@@ -28,8 +28,8 @@ def test_a_whole_policy_and_its_reference():
   shape = SHAPE._replace(frozen_size=2)
   both = memory.on_host(M, make_mesh(), shape, tile=2, reference=True)
   assert both["reference"] == 2 * numbers
-  m = M._replace(lora=adapters.Lora(1))
-  lora = memory.on_host(m, make_mesh(), SHAPE, tile=2, reference=True)
+  small = M._replace(lora=adapters.Lora(1))
+  lora = memory.on_host(small, make_mesh(), SHAPE, tile=2, reference=True)
   assert "reference" not in lora  # it is the frozen base
   assert lora["gradients"] < held["gradients"]
 
@@ -56,9 +56,9 @@ def test_what_a_host_lacks_is_a_warning_or_refused():
   held = {n: x * GIB for n, x in held.items()}
   assert memory.check_host(held, None) == ""
   assert memory.check_host(held, 14 * GIB) == ""
-  warning = memory.check_host(held, 12 * GIB)
-  assert "14.0 GiB at its peak" in warning
-  assert "12.0 GiB of memory are free" in warning
+  text = memory.check_host(held, 12 * GIB)
+  assert "14.0 GiB at its peak" in text
+  assert "12.0 GiB of memory are free" in text
   with pytest.raises(ConfigError, match="lora.rank; --force tries"):
     memory.check_host(held, 11 * GIB)
   assert memory.check_host(held, 11 * GIB, force=True)
@@ -97,8 +97,8 @@ def test_it_is_known_before_anything_is_compiled(tmp_path, source, monkeypatch):
   assert jobs.did(ended) == ["data"]
   monkeypatch.setattr(memory, "available", lambda: int(number * 0.9))
   ended = run("train.max_updates=1", "--redo")
-  warned = ended.out.index("of memory are free")
-  assert ended.code == 0 and warned < ended.out.index("sft: ..."), ended
+  free, began = map(ended.out.index, ("of memory are free", "sft: ..."))
+  assert ended.code == 0 and free < began, ended
 
 
 def test_tokens_are_counted_as_the_template_has_them():

@@ -223,7 +223,7 @@ def test_the_export_holds_the_trained_parameters(job):
 
 def test_pages_ask_only_for_what_a_job_writes(job):
   summary = load(job, "summary.json")
-  with test_report.keys_asked_in_vain() as missing:
+  with test_report.missing_keys() as missing:
     study_page.study_html(summary)
     study_page.arm_html(summary["arms"][0])
   # What only larger jobs have; of the baseline; by arm and by stage.

@@ -16,15 +16,15 @@ import numpy as np
 
 from jaxalign.core import hub, progress, sharding
 from jaxalign.core.errors import ConfigError
-from jaxalign.data import tokens as tokens_lib
 from jaxalign.data.tokenizer import load_tokenizer
+from jaxalign.data.tokens import join_rows, load_rows, save_rows, TokenRows
 from jaxalign.embed import passes, texts
 from jaxalign.embed.passes import PassOptions
 from jaxalign.model import decoder, encoder, families, hf, weights
 from jaxalign.model.flops import decoder_flops, encoder_flops
 
 # The files of token rows that a stage makes for itself.
-TOKENS = [f"tokens.{field}.npy" for field in tokens_lib.TokenRows._fields]
+TOKENS = [f"tokens.{field}.npy" for field in TokenRows._fields]
 
 
 class Embedder(NamedTuple):
@@ -141,7 +141,7 @@ def load_decoder(e: Embedder, mesh: jax.sharding.Mesh) -> decoder.Params:
   return weights.load_weights(e.folder, layout, mesh, dtype)
 
 
-def encode(e: Embedder, rows: list[dict]) -> tokens_lib.TokenRows:
+def encode(e: Embedder, rows: list[dict]) -> TokenRows:
   """Prompt and answer as one text, in the embedder's own tokens.
 
   As in the paper: BOS, the text, no template; a long row loses its beginning.
@@ -164,7 +164,7 @@ def encode(e: Embedder, rows: list[dict]) -> tokens_lib.TokenRows:
         ids.append(np.array(bos + (head + tail)[-room:], np.int32))
         start.append(len(ids[-1]) - min(len(tail), room) if apart else 0)
       tick(len(heads))
-  return tokens_lib.join_rows(ids, start)
+  return join_rows(ids, start)
 
 
 def texts_of(rows: list[dict], answers: bool = False) -> list[str]:
@@ -177,14 +177,12 @@ def texts_of(rows: list[dict], answers: bool = False) -> list[str]:
   ]
 
 
-def token_rows_of(
-  folder: Any, make: Callable[[], tokens_lib.TokenRows]
-) -> tokens_lib.TokenRows:
+def token_rows_of(folder: Any, make: Callable[[], TokenRows]) -> TokenRows:
   """Token rows that process 0 makes of texts, which it alone reads."""
   if jax.process_index() == 0:
-    tokens_lib.save_rows(folder, "tokens", make())
+    save_rows(folder, "tokens", make())
   sharding.barrier("tokens of a stage")
-  return tokens_lib.load_rows(folder, "tokens")
+  return load_rows(folder, "tokens")
 
 
 def prepare(

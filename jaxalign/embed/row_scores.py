@@ -186,9 +186,8 @@ def ask_price(z: JobSizes, arm: None) -> Price:
 def reward_config(c: Any) -> reward.RewardConfig:
   """The sizes of config.rewards.checkpoint, with the context it is used at."""
   r = reward.read_reward_config(c.rewards.checkpoint, c.model.dtype)
-  context = min(
-    r.model.context, prepare.requested_context(c) or r.model.context
-  )
+  own = r.model.context
+  context = min(own, prepare.requested_context(c) or own)
   return r._replace(model=r.model._replace(context=context))
 
 

@@ -9,7 +9,7 @@ from jaxalign.report.nodes import entries, finite, Node, number
 def alpha_sentence(found: Node) -> str:
   """Krippendorff's alpha over the humans, or over all raters, in words."""
   humans = found.judged.humans
-  judged = bool(entries(humans.between))  # a judge is no part of the bar
+  judged = bool(entries(humans.between))  # judges are then left out
   whom = "the humans" if judged else "all raters"
   alpha = humans.alpha if judged else found.among.alpha
   value = finite(alpha.value)
@@ -29,17 +29,11 @@ def alpha_sentence(found: Node) -> str:
 
 def left_out(found: Node) -> list[str]:
   """What the tables leave out."""
-  out = []
-  if found.among.more:
-    out.append(
-      f"{number(found.among.more)} more pairs of raters with less in common "
-      "are not shown."
-    )
-  if found.more:
-    out.append(
-      f"{number(found.more)} more raters with fewer verdicts are not shown."
-    )
-  return out
+  rows = (
+    (found.among.more, "pairs of raters with less in common"),
+    (found.more, "raters with fewer verdicts"),
+  )
+  return [f"{number(n)} more {what} are not shown." for n, what in rows if n]
 
 
 def agreement_html(found: dict[str, Any]) -> str:
@@ -49,9 +43,5 @@ def agreement_html(found: dict[str, Any]) -> str:
     found: as `jaxalign.cli.agreement.measure` returns it, perhaps from a file.
   """
   node = Node(found)
-  return page.render(
-    "agreement.html",
-    found=node,
-    alpha=alpha_sentence(node),
-    left_out=left_out(node),
-  )
+  words = dict(alpha=alpha_sentence(node), left_out=left_out(node))
+  return page.render("agreement.html", found=node, **words)

@@ -186,8 +186,6 @@ def _selection(job: Job, arm: Arm) -> dict[str, Any]:
   if "topic" in report:
     topic = report["topic"]
     out["topics"] = dict(selected=topic["covered"], pool=topic["topics"])
-  if "label_share" in report:
-    out["label_share"] = report["label_share"]
   diagnostics = report.get("diagnostics", {})
   if "stability" in diagnostics:
     out["stability"] = diagnostics["stability"]
