@@ -258,7 +258,7 @@ def test_the_held_out_loss_is_that_of_dpo():
 
 def test_what_a_sampler_reads_names_its_stages():
   c = common.base()
-  stages = lambda name: columns.stages(c, "pairs", chains.named(name))
+  stages = lambda name: columns.stages(c, "pairs", chains.find_sampler(name))
   assert stages("ifd") == ["alone", "embed"]
   assert stages("ask_llm") == ["ask"]
   assert stages("implicit_margin") == ["proxy"]

@@ -10,7 +10,8 @@ import jax
 import jobs
 import pytest
 
-from jaxalign.cli import command, exits, main, parse
+from jaxalign.cli import command, main, parse
+from jaxalign.core import exits
 from jaxalign.core.errors import ConfigError
 from jaxalign.data import build_data
 from jaxalign.study import arms

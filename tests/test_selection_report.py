@@ -47,8 +47,8 @@ def test_nearest_is_exact(monkeypatch, block, kind):
     x = (1000 + 1e-3 * x).astype(np.float32)
   if kind == "far":
     x[0] = 1e6  # one row that makes the bound on the error wide
-  monkeypatch.setattr(neighbours, "BLOCK", block)
-  monkeypatch.setattr(neighbours, "TILE", 16)
+  monkeypatch.setattr(neighbours, "TARGETS", block)
+  monkeypatch.setattr(neighbours, "QUERIES", 16)
   read = lambda rows: x[rows]
   targets = rng.permutation(150)[:60]
   every = np.arange(150)

@@ -166,7 +166,7 @@ def main(argv) -> None:
       wall, cpu, _ = clocked(lambda: peer.fit(rows))
     return wall / args.sweeps, cpu / args.sweeps, peer
 
-  peak, work, seen = _peak(mesh), em.flops(n, width, 2, "full"), []
+  peak, work, seen = _peak(mesh), em.em_flops(n, width, 2, "full"), []
   for turn in range(args.count):
     high = peak()
     wall, cpu, state = clocked(ours)

@@ -321,7 +321,7 @@ def mixture_section(section, mesh) -> None:
   x = np.random.default_rng(0).standard_normal((n, width), np.float32)
   x[: n // 2, :8] += 3.0
   space = whiten.Space(np.zeros(width), np.eye(width), np.ones(width), 1.0, x)
-  flops = em.flops(n, width, k, "full")
+  flops = em.em_flops(n, width, k, "full")
 
   def iterations():
     one = np.stack([np.eye(width)] * k)
@@ -344,7 +344,7 @@ def mixture_section(section, mesh) -> None:
 
   def fit():
     few = mixture.MixtureOptions(k, starts=1, tol=-1.0, max_iterations=2)
-    mixture.fit(mesh, x, few, space=space)
+    mixture.fit_mixture(mesh, x, few, space=space)
 
   reduce = lambda: whiten.whiten(mesh, x, mixture.MixtureOptions())
   section.attempt("iteration", iterations)

@@ -24,7 +24,7 @@ from jaxalign.train.row_columns import check_reads
 
 def _check_columns(c: Any, name: str, kind: str, knob: str) -> None:
   """Raises ConfigError for a sampler that reads what no stage makes."""
-  sampler = chains.named(name, knob)
+  sampler = chains.find_sampler(name, knob)
   if lacking := columns.lacking(c, kind, sampler):
     why = "; ".join(f"{n}: {w}" for n, w in lacking.items() if w)
     raise ConfigError(
@@ -46,7 +46,7 @@ def _stages_read(c: Any, kind: str) -> set[str]:
     stage
     for name in (c.select.sampler, *c.compare)
     if name not in WHOLE
-    for stage in columns.stages(c, kind, chains.named(name))
+    for stage in columns.stages(c, kind, chains.find_sampler(name))
   }
 
 
@@ -85,7 +85,7 @@ def validate(c: Any, planned: bool = False, trains: bool = True) -> None:
   if not (planned and c.data.assume):
     prepare.check_source(c)
   judge_kinds.check_judge(c)
-  loss, sampler = loss_of(c), chains.named(c.select.sampler)
+  loss, sampler = loss_of(c), chains.find_sampler(c.select.sampler)
   sampler_kwargs(c, sampler)
   _check_columns(c, c.select.sampler, loss.kind, "select.sampler")
   if "subset" in sampler.needs:

@@ -20,10 +20,10 @@ from etils import epath
 import jax
 import numpy as np
 
-from jaxalign.cli.exits import guarded
 from jaxalign.cli.parse import parse_flags
 from jaxalign.core import disk, sharding
 from jaxalign.core.errors import ConfigError, DataError
+from jaxalign.core.exits import guarded
 from jaxalign.core.hub import resolve
 from jaxalign.data.chat import Chat
 from jaxalign.data.chat_templates import template_source

@@ -11,6 +11,7 @@ from jaxalign.data import prepare, tokens
 from jaxalign.embed import store
 from jaxalign.model import decoder
 from jaxalign.select import mixture
+from jaxalign.select.em import COVARIANCES
 from jaxalign.select.samplers import isa, values
 from jaxalign.select.topk import budget_rows
 from jaxalign.study.pilot import AUTO, check_pilot
@@ -76,7 +77,7 @@ RANGES = (  # knobs, whether a value is legal, what is wanted
 CHOICES = {
   "select.order": (*isa.ORDERS, isa.SOFT),
   "select.pair_score": values.SIDES,
-  "select.mixture.covariance": mixture.COVARIANCES,
+  "select.mixture.covariance": COVARIANCES,
   "model.param_dtype": decoder.DTYPES,
   "embed.store_dtype": store.DTYPES,
   "train.optimizer": tuple(optim.OPTIMIZERS),

@@ -50,14 +50,10 @@ class PolicyOutputs(NamedTuple):
 def choose_prompts(
   rows: list[dict[str, Any]], tokens: tokens_lib.TokenRows, most: int, room: int
 ) -> np.ndarray:
-  """The first `most` rows with different prompts, in id order.
+  """The first `most` of n rows with different prompts, in id order.
 
-  Args:
-    rows: n records.
-    tokens: n * R rows.
-    most: prompts at most.
-    room: tokens that a prompt may take; a longer one is never cut but left
-      out, and a line says how many were.
+  A prompt of more than `room` tokens is never cut but left out, and a line
+  counts them.
   """
   first, chosen, long = {}, [], 0
   for i, row in enumerate(rows):
@@ -255,10 +251,8 @@ def likelihood_accuracy(
 
 
 def sampled_kl(policy: np.ndarray, ref: np.ndarray) -> dict[str, Any]:
-  """KL(policy || reference) a response, from the policy's own samples.
-
-  Both are [n] summed log-probabilities of the samples, nats.
-  """
+  """KL(policy || reference) a response, nats, from the policy's own samples,
+  by their [n] summed log-probabilities."""
   return intervals.normal_mean(np.asarray(policy, np.float64) - np.asarray(ref))
 
 

@@ -175,8 +175,8 @@ class _Endpoint:
     del folder
     self.files: list[str] = []
     self.e = endpoint_of(job.c)
-    self.path = str(job.shared / "verdicts.jsonl")  # every verdict paid for
-    self.before = VerdictCache(self.path)
+    self.cache = VerdictCache(str(job.shared / "verdicts.jsonl"))
+    self.before = self.cache.requests, self.cache.tokens
 
   def __call__(
     self, rows: Sequence[dict], ours: Sequence[str], theirs: Sequence[str]
@@ -185,13 +185,13 @@ class _Endpoint:
       Pair(row["prompt"], a.strip(), b.strip())
       for row, a, b in zip(rows, ours, theirs)
     ]
-    return judge_endpoint.judge_both_orders(self.e, pairs, self.path)
+    return judge_endpoint.judge_both_orders(self.e, pairs, self.cache)
 
   def cost(self) -> tuple[Cost, dict[str, Any]]:
-    now = VerdictCache(self.path)
-    facts = dict(requests=now.requests, tokens=now.tokens)
-    facts["new_requests"] = now.requests - self.before.requests
-    return Cost(0, now.tokens - self.before.tokens), facts
+    requests, tokens = self.cache.requests, self.cache.tokens
+    new = requests - self.before[0]
+    facts = dict(requests=requests, tokens=tokens, new_requests=new)
+    return Cost(0, tokens - self.before[1]), facts
 
   def keep(self) -> list[str]:
     """What later stages read of this one: nothing, the cache has it all."""

@@ -36,7 +36,7 @@ FILES = ["selection.json", "selection.html", "reasons.parquet"]
 def _reads(job: Job, arm: Arm) -> list[str]:
   """The shared stages it reads: not one that another arm alone needs, whose
   coming and going must not change this arm's page."""
-  read = columns.stages(job.c, job.kind, chains.named(arm.sampler))
+  read = columns.stages(job.c, job.kind, chains.find_sampler(arm.sampler))
   return [*read, *["embed"] * (("", "embed") in job.records)]
 
 
@@ -57,7 +57,7 @@ def make_selection_report(job: Job, arm: Arm, folder: Any) -> Made:
   fitted = None
   if "mixture" in read:
     table["log_likelihood"] = fit_mixture.likelihoods(job)[0]
-    fitted = mixture.load(job.shared / "mixture" / "mixture.npz")
+    fitted = mixture.load_mixture(job.shared / "mixture" / "mixture.npz")
   pool = Pool(np.array(job.column("pool", "id")), table)
   kept = selected_rows(job, arm)
   score = np.array(tables.read_column(folder / "scores.parquet", "score"))

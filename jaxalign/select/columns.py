@@ -197,7 +197,7 @@ def check_records(job: Job, name: str) -> None:
   Raises:
     DataError: no record has a field; nothing has been embedded for it yet.
   """
-  sampler, table = chains.named(name), known(job.c)
+  sampler, table = chains.find_sampler(name), known(job.c)
   read = {*sampler.needs}
   if name == job.c.select.sampler:
     read |= _in_kwargs(job.c, sampler)

@@ -1,7 +1,6 @@
 """`python -m jaxalign.train`: see jaxalign/cli/train.py."""
 
-import importlib
+from jaxalign.core.exits import start_module
 
 if __name__ == "__main__":
-  exits = importlib.import_module("jaxalign.cli.exits")
-  exits.start_module("jaxalign.cli.train", "jaxalign: reading the config")
+  start_module("jaxalign.cli.train", "jaxalign: reading the config")

@@ -74,7 +74,7 @@ def reference_of(job: Job) -> Reference:
 
 def _pass_over_pool(job: Job, arm: Arm) -> str:
   """The stage that has the reference's sums of the pool already; "": none."""
-  stage = columns.logps_stage(job.c, job.kind, chains.named(arm.sampler))
+  stage = columns.logps_stage(job.c, job.kind, chains.find_sampler(arm.sampler))
   return stage if ("", stage) in job.records else ""
 
 
@@ -233,7 +233,7 @@ def ref_logps_price(z: JobSizes, arm: Arm) -> Price | None:
   if c.train.reference == "online":  # its pass is align's
     return None
   kept, updates, each = kept_sizes(z, arm)
-  source = columns.logps_stage(c, z.job.kind, chains.named(arm.sampler))
+  source = columns.logps_stage(c, z.job.kind, chains.find_sampler(arm.sampler))
   own = kept * z.responses if loss.reference and source not in z.planned else 0
   other = mismatched_rows(z, arm)
   count = updates * c.train.batch_size * bool(other) + own

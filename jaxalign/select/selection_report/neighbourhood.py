@@ -110,7 +110,7 @@ def _map(read, shown, draw):
   """The plane of the first two principal directions, and the shown rows."""
   some = neighbours.sample(draw, np.arange(len(draw)), SPREAD)
   plane = spectra.principal_plane(read(some))
-  step = neighbours.BLOCK
+  step = neighbours.TARGETS
   chunks = (shown[at : at + step] for at in range(0, len(shown), step))
   place = [plane.transform(np.float64(read(rows))) for rows in chunks]
   place = np.concatenate(place)
@@ -137,8 +137,8 @@ def clusters(pool: Pool, draw: np.ndarray, texts: Any = None) -> np.ndarray:
   _, centres = kmeans.k_means(read(some), pool.ids[some], count, 0)
   label = np.empty(n, np.int64)
   square = (centres**2).sum(axis=1)
-  for start in range(0, n, neighbours.BLOCK):
-    rows = np.arange(start, min(n, start + neighbours.BLOCK))
+  for start in range(0, n, neighbours.TARGETS):
+    rows = np.arange(start, min(n, start + neighbours.TARGETS))
     label[rows] = (square - 2 * np.float64(read(rows)) @ centres.T).argmin(1)
   # The largest first: the numbering of the fit means nothing.
   size = np.bincount(label, minlength=count)
