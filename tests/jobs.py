@@ -127,7 +127,7 @@ def parameters(stage_folder: Any, step: int = 0) -> dict[str, np.ndarray]:
   c = common.base("tiny")
   mesh = sharding.make_mesh(c.mesh)
   tokenizer = load_tokenizer(finished() / "shared/data/tokenizer.model")
-  model = job_lib.sft_sizes(c, tokenizer.vocab_size)
+  model = job_lib.sizes(c, tokenizer.vocab_size)
   with (
     jax.set_mesh(mesh),
     Checkpoints(pathlib.Path(stage_folder) / "checkpoints") as found,

@@ -224,15 +224,14 @@ def test_answers_are_scored_after_the_prompt_that_was_cut(alone):
   """The sampled answers' log-probs are those of the sampling policy."""
   longs = [p for p in prompts() if len(p) > 16]
   tokens, n = rows_of([(p[:23], [EOS]) for p in longs]), len(longs)
-  what = held_out.EvalSet([{}] * n, tokens, np.arange(n), None, None)
+  more = None, None, alone, held_out.EvalOptions(8, 1.0, 4, 64)
+  what = held_out.EvalSet([{}] * n, tokens, np.arange(n), *more)
   where = put(alone, MODEL, params())
   answers = [np.array([5, EOS]), np.array([4, 5, 6, 7, 8, 9, 10, EOS])]
-  how = held_out.EvalOptions(8, 1.0, 0, 4, 64)
-  got = held_out.score_answers(alone, where, MODEL, what, answers, how)
+  got = held_out.score_answers(what, where, MODEL, answers)
   cut = [np.concatenate([p[:1], p[:23][-15:]]) for p in longs]
-  rows = held_out.answer_rows(cut, answers)
-  packed = passes.PassOptions(4, 64)
-  wanted = passes.score_rows(alone, where, MODEL, rows, packed).logp
+  rows, how = held_out.answer_rows(cut, answers), passes.PassOptions(4, 64)
+  wanted = passes.score_rows(alone, where, MODEL, rows, how).logp
   np.testing.assert_array_equal(got, wanted)
 
 

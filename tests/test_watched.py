@@ -23,7 +23,7 @@ from jaxalign.data import tokens as tokens_lib
 from jaxalign.eval import while_training
 from jaxalign.model import decoder
 from jaxalign.model.flops import decoder_flops
-from jaxalign.model.job import Arm, arm_folder, Job, sft_sizes
+from jaxalign.model.job import Arm, arm_folder, Job, sizes
 from jaxalign.train import feed, losses
 from jaxalign.train.losses import bind, LOSSES
 from jaxalign.train.training_cost import training_cost
@@ -286,7 +286,7 @@ def test_a_job_that_evaluates_everything(tmp_path, config):
   assert refused.code == 64 and "eval.temperature was 1.0" in refused.err
   # Training, with the reference's passes; and the evaluations.
   job = pipeline.make_job(c, None, tmp_path)
-  tokens, m = job.tokens("pool"), sft_sizes(job.c, job.tokenizer.vocab_size)
+  tokens, m = job.tokens("pool"), sizes(job.c, job.tokenizer.vocab_size)
   ids = disk.read_json(arm / "ref_ids.json")
   number = {n: i for i, n in enumerate(job.column("pool", "id"))}
   kept = np.array([number[n] for n in ids])

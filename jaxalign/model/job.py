@@ -31,13 +31,11 @@ class Arm(NamedTuple):
 
   @property
   def label(self) -> str:
-    """The name of all its seeds: "isa-0.1"; the whole pool is called "all"."""
-    name = "all" if self.is_all else self.sampler
-    for sign, words in ((":", "."), ("|", "-then-"), ("*", "-x-")):
-      name = name.replace(sign, words)
-    name = re.sub(r"[^\w.,=()+-]", "", name)
-    longer = f"-as-{self.like:g}" if self.like else ""
-    return f"{name}-{self.budget:g}{longer}"
+    """What its seeds share: "isa-0.1"; the whole pool is called "all"."""
+    name = self.sampler.replace(":", ".").replace("|", "-then-")
+    name = re.sub(r"[^\w.,=()+-]", "", name.replace("*", "-x-"))
+    like = f"-as-{self.like:g}" if self.like else ""
+    return f"{'all' if self.is_all else name}-{self.budget:g}{like}"
 
   @property
   def name(self) -> str:
@@ -145,20 +143,18 @@ class Job:
   @functools.cached_property
   def most(self) -> int:
     """The longest row that the model can take, in tokens."""
-    c = self.c.model
-    if c.checkpoint:
-      own = hf.read_config(c.checkpoint, c.dtype, c.remat).context
-    else:
-      own = c.context or prepare.own_context(self.c)
+    own = self.c.model.context or prepare.own_context(self.c)
+    if self.c.model.checkpoint:
+      own = given_model(self.c).context
     prepare.context_of(self.c, own)
     return own
 
   @functools.cached_property
   def context(self) -> int:
-    """The longest row of this job: the config's, or the data stage's choice."""
+    """The longest row of this job: configured, or the data stage's choice."""
     if context := prepare.context_of(self.c, self.most):
       return context
-    return disk.read_json(self.shared / "data/data_summary.json")["context"]
+    return disk.read_json(self.shared / "data" / "data_summary.json")["context"]
 
   @property
   def kind(self) -> str:
@@ -173,12 +169,11 @@ class Job:
   @functools.cached_property
   def model(self) -> decoder.ModelConfig:
     """The sizes of the reference."""
-    c = self.c.model
-    if c.checkpoint:
-      m = hf.read_config(c.checkpoint, c.dtype, c.remat)
+    if self.c.model.checkpoint:
+      m = given_model(self.c)
       m = m._replace(context=self.context, positions=m.context)
     else:
-      m = sft_sizes(self.c, self.tokenizer.vocab_size)
+      m = sizes(self.c, self.tokenizer.vocab_size)
     m = m._replace(attention=kernel_of(self.c, m, self.mesh))
     decoder.check_model(m, self.mesh)
     return m
@@ -211,12 +206,11 @@ class Job:
   @functools.cached_property
   def reference(self) -> decoder.Params:
     """The frozen reference's parameters, on the mesh."""
-    c, m, mesh = self.c.model, self.model, self.mesh
-    dtype = np.dtype(c.param_dtype)
+    c, dtype = self.c.model, np.dtype(self.c.model.param_dtype)
     if c.checkpoint:
-      return hf.load_folder(c.checkpoint, m, mesh, dtype)
-    saved = self.shared / "sft" / "checkpoints"
-    params = restore_params(saved, decoder.abstract(m, mesh))
+      return hf.load_folder(c.checkpoint, self.model, self.mesh, dtype)
+    abstract = decoder.abstract(self.model, self.mesh)
+    params = restore_params(self.shared / "sft" / "checkpoints", abstract)
     return {n: x.astype(dtype) for n, x in params.items()}
 
   def release_reference(self) -> None:
@@ -245,7 +239,12 @@ def kernel_of(c: Any, m: decoder.ModelConfig, mesh: Any) -> str:
   )
 
 
-def sft_sizes(c: Any, vocab: int) -> decoder.ModelConfig:
+def given_model(c: Any) -> decoder.ModelConfig:
+  """The model of config.model.checkpoint, its own context."""
+  return hf.read_config(c.model.checkpoint, c.model.dtype, c.model.remat)
+
+
+def sizes(c: Any, vocab: int) -> decoder.ModelConfig:
   """The model that `sft` trains; its table is rounded up to 64 rows."""
   m = c.model
   return decoder.ModelConfig(
