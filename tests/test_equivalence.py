@@ -1,4 +1,4 @@
-"""Planted differences are found, planted zeros not, and little stays little."""
+"""Planted differences are detected, planted zeros not; little stays little."""
 
 import json
 import re
@@ -46,7 +46,7 @@ FALSE_150 = 0.05 * 150 + 3 * np.sqrt(150 * 0.05 * 0.95)
 @pytest.mark.parametrize(
   "verdict,least,most,args",
   [
-    (("better",), 19, 20, (0, 20, SIX)),  # six points are found
+    (("better",), 19, 20, (0, 20, SIX)),  # six points are detected
     (EXTREMES, 0, 1, (1, 20, (0, 0))),  # zero is not
     # The level is kept over many: 5 % of them, give or take three errors.
     (EXTREMES, 0, FALSE_300, (2, 300, (0, 0), 6, 100)),
@@ -218,7 +218,7 @@ def test_arms_that_never_differ_are_not_certain():
   """All cells alike: an interval with a width, and no better or worse."""
   arm = Arm("a", range(5), range(30), np.ones((5, 30)))
   out = one(arm, arm._replace(name="b"))
-  half = stats.t.ppf(0.975, 4) * np.sqrt(2) / 152  # one +1, one -1 beside
+  half = stats.t.ppf(0.975, 4) * np.sqrt(2) / 152  # one +1, one -1 added
   np.testing.assert_allclose(out["difference"]["high"], half)
   np.testing.assert_allclose(out["difference"]["low"], -half)
   assert out["verdict"] in ("equal", "cannot tell")

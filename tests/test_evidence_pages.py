@@ -24,11 +24,12 @@ def fit(y=HH):
 
 def judged():
   words = ["first", "second", "tie", None]
+  sides = ("m", "k"), ("k", "m")
   rows = [
     Verdict(i, *names, rater, words[(i * k + (names[0] == "m")) % 4])
     for i in range(30)
     for k, rater in enumerate(("ann", "ben", "gpt"))
-    for names in (("m", "k"), ("k", "m"))
+    for names in sides
   ]
   found = interrater.judged(rows, ["gpt"], ["ann", "ben"])
   return json.loads(json.dumps(found))

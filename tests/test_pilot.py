@@ -98,22 +98,16 @@ def test_the_best_direction_is_the_best_mean():
   def arm(sampler, value):
     return dict(sampler=sampler, metrics=dict(win_vs_ref=dict(value=value)))
 
-  names = [pilot.with_direction(ISA, d) for d in pilot.DIRECTIONS]
+  top, middle, low = (pilot.with_direction(ISA, d) for d in pilot.DIRECTIONS)
+  seen = [(top, 0.5), (middle, 0.2), (low, 0.4)]
+  seen += [(top, 0.1), (middle, 0.2), (low, 0.4)]
   c = ConfigDict(
     dict(select=dict(sampler=ISA), pilot=dict(budgets=(0.1,), seeds=2))
   )
-  for shift, wish in ((0.0, False), (0.3, True)):
+  for random, wish in ((0.35, False), (0.65, True)):
     summary = dict(
       comparisons=[dict(metric="win_vs_ref")],
-      arms=[
-        arm(names[0], 0.5),
-        arm(names[1], 0.2),
-        arm(names[2], 0.4),
-        arm(names[0], 0.1),
-        arm(names[1], 0.2),
-        arm(names[2], 0.4),
-        arm("random", 0.35 + shift),
-      ],
+      arms=[arm(*one) for one in (*seen, ("random", random))],
     )
     best, words = pilot._best_direction(c, summary)
     assert best == "length(direction=low)" and "low 40.0" in words

@@ -241,7 +241,7 @@ def test_shards_and_dtype_are_knobs_and_numbers_stay(tmp_path):
 
 OWN = (
   "import json\n"
-  "from jaxalign.eval import policies\n"
+  "from jaxalign.eval import held_out\n"
   "from jaxalign.embed import store\n"
   "real, wrote = store.write_shard, []\n"
   "def noted(s, shard, *a):\n"
@@ -252,7 +252,7 @@ OWN = (
   "def stop(*_):\n"
   "  json.dump(wrote, open({path!r}, 'w'))\n"
   "  raise Enough(0)\n"
-  "policies._run = stop\n"
+  "held_out.run_policy = stop\n"
 )
 
 

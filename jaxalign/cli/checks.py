@@ -13,7 +13,14 @@ from jaxalign.data import prepare, recipe
 from jaxalign.embed import embedder, questions, row_scores
 from jaxalign.eval import judge_kinds, while_training
 from jaxalign.model import decoder, hf, memory
-from jaxalign.model.job import Job, kernel_of, lora_of, sizes, WHOLE
+from jaxalign.model.job import (
+  given_model,
+  Job,
+  kernel_of,
+  lora_of,
+  sizes,
+  WHOLE,
+)
 from jaxalign.select import columns
 from jaxalign.select.choose import sampler_kwargs
 from jaxalign.select.samplers import chains
@@ -170,10 +177,10 @@ def _model(c: Any, planned: bool) -> decoder.ModelConfig:
   """The model's sizes; raises where it cannot be read or exported."""
   m, tokenizer = None, None
   if c.model.checkpoint:
-    m = hf.read_config(c.model.checkpoint, c.model.dtype, c.model.remat)
+    m = given_model(c)
     prepare.context_of(c, m.context)
     if not planned:
-      hf.weights_file(c.model.checkpoint)
+      hf.digest_names(c.model.checkpoint)
   try:
     tokenizer = prepare.given_tokenizer(c)
   except ConfigError:

@@ -101,7 +101,7 @@ def of_answers(e: Embedder) -> Embedder:
 
 def _encoder(given: str, pooling: str) -> encoder.EncoderConfig:
   try:
-    return encoder.read_config(given, pooling=pooling)
+    return encoder.read_encoder_config(given, pooling=pooling)
   except ConfigError:
     if (raw := families.PUBLISHED.get(given)) is None:
       raise
@@ -131,15 +131,15 @@ def first_weights(
 def load_decoder(e: Embedder, mesh: jax.sharding.Mesh) -> decoder.Params:
   """Another decoder's parameters; of a longer one the layers that run."""
   m, layer = e.model, re.compile(r"\.layers\.(\d+)\.")
+  whole = families.decoder_layout(m)
 
-  def canonical(name):
-    name = families.canonical(m, name)
+  def rename(name):
+    name = whole.rename(name)
     match = name and layer.search(name)
     return None if match and int(match[1]) >= m.layers else name
 
-  table, stored = decoder.table(m), families.stored(m)
-  how = dict(canonical=canonical, dtype=jnp.dtype(m.dtype))
-  return weights.load(e.folder, table, stored, mesh, **how)
+  layout, dtype = whole._replace(rename=rename), jnp.dtype(m.dtype)
+  return weights.load_weights(e.folder, layout, mesh, dtype)
 
 
 def encode(e: Embedder, rows: list[dict]) -> TokenRows:

@@ -93,10 +93,8 @@ def estimate(sampler: Callable, sizes: Sizes, **kwargs: Any) -> Estimate | None:
     return None
   bound = getattr(sampler, "keywords", {})
   work = sampler.cost(sizes, **kwargs | bound)
-  each = [
-    COLUMN_BYTES.get(name, lambda p: 8 * p.r)(sizes) for name in sampler.needs
-  ]
-  read = sizes.n * sum(each)
-  held = work.held + read * getattr(sampler, "copies_rows", False)
-  flops = work.host + work.devices
+  size = lambda name: COLUMN_BYTES.get(name, lambda p: 8 * p.r)(sizes)
+  read = sizes.n * sum(map(size, sampler.needs))
+  copied = sizes.n * sum(map(size, getattr(sampler, "copied", ())))
+  flops, held = work.host + work.devices, copied + work.held
   return Estimate(flops, int(read), int(held), int(work.device), work.host)

@@ -26,18 +26,8 @@ from jaxalign.train.statistics import needs_batch_logps
 from jaxalign.train.training_cost import training_cost
 
 SELECTION = (
-  "embed",
-  "logps",
-  "answer",
-  "residual",
-  "alone",
-  "ask",
-  "rewards",
-  "proxy",
-  "held_out",
-  "mixture",
-  "select",
-)
+  "embed logps answer residual alone ask rewards proxy held_out mixture select"
+).split()
 
 
 def stage_lines(records: dict[tuple[str, str], Record]) -> list[dict[str, Any]]:

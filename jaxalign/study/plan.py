@@ -18,9 +18,9 @@ from jaxalign.core.stage import JobSizes, required
 from jaxalign.data import build_data, prepare, sources
 from jaxalign.data.tokens import context_for
 from jaxalign.embed import embedder
-from jaxalign.model import decoder, hf, memory
+from jaxalign.model import decoder, memory
 from jaxalign.model.flops import decoder_flops
-from jaxalign.model.job import Arm, Job, kernel_of, lora_of, sizes
+from jaxalign.model.job import Arm, given_model, Job, kernel_of, lora_of, sizes
 from jaxalign.select import choose
 from jaxalign.select.samplers import vectors
 from jaxalign.train import host_memory
@@ -113,7 +113,7 @@ class Line(NamedTuple):
 
 def _model(c: Any) -> decoder.ModelConfig:
   if c.model.checkpoint:
-    return hf.read_config(c.model.checkpoint, c.model.dtype, c.model.remat)
+    return given_model(c)
   return sizes(c, c.model.vocab_size)
 
 
@@ -194,7 +194,7 @@ def show_plan(
   for x in lines:
     name = f"{x.stage} {x.arm}".strip()
     say(
-      f"  {name:<28}{x.count:>9,} {x.unit:<8}{x.flops:>10.2e} flops  about "
+      f"  {name:<27} {x.count:>9,} {x.unit:<8}{x.flops:>10.2e} flops  about "
       f"{duration(x.seconds)}"
     )
   say(

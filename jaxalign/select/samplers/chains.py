@@ -74,7 +74,8 @@ def _wrap(inner, fn, *columns, cost=of_scores, copies_rows=True) -> Sampler:
   sampler.keywords = getattr(inner, "keywords", {})  # bound, "isa(order=...)"
   sampler.needs = _union([inner], "needs", *columns)
   sampler.cost = _total_cost(inner, step=cost)
-  sampler.copies_rows = copies_rows or getattr(inner, "copies_rows", False)
+  copied = inner.needs if copies_rows else ()
+  sampler.copied = {*getattr(inner, "copied", ()), *copied}
   return sampler
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign.core.errors import ConfigError
-from jaxalign.select.chunks import by_row, place, Placed
+from jaxalign.select.chunks import by_row, LARGE, place, Placed
 from jaxalign.select.costs import ID_BYTES, one_after_another, Sizes, Work
 from jaxalign.select.pool import Pool, Selection
 from jaxalign.select.samplers.draws import apportion
@@ -107,9 +107,11 @@ def k_means(
 def k_means_work(p: Sizes, k: int, width: int) -> Work:
   """Ten steps on a sample, all rows once; its copies, and the means."""
   some, rows = _sampled(p.n, k), 4 * p.n * width
-  held = rows * max(1 + 5 * some / p.n, 2 + 2 * some / p.n) + ID_BYTES * p.n
+  part, chunk = 4 * some * width, 4 * min(p.n, _ASSIGNED) * width
+  held = rows if rows <= LARGE else 0  # else they lie in a file
+  held += max(5 * part, chunk + 2 * part) + ID_BYTES * p.n
   devices = 2 * k * width * (_STEPS * some + p.n)
-  return Work(devices=devices, held=held, device=rows)
+  return Work(devices=devices, held=held, device=max(part, chunk))
 
 
 def most_rows(n: int, clusters: int) -> int:
