@@ -356,17 +356,16 @@ def a_reward_model(folder):
     special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
   )
   tok.save(str(folder / "tokenizer.json"))
-  r = reward_lib.read_config(folder)
+  layout = reward_lib.reward_layout(reward_lib.read_reward_config(folder))
   rng = np.random.default_rng(0)
   centre = lambda p: float(p.scale == 0 and p.constant)
   drawn = lambda p: np.float32(rng.normal(centre(p), 0.3, p.shape))
-  mesh, table = make_mesh(), reward_lib.table(r)
+  mesh, export = make_mesh(), weights.Export(config)
   with jax.set_mesh(mesh):
     params = {
-      n: sharding.put(mesh, drawn(p), *p.axes) for n, p in table.items()
+      n: sharding.put(mesh, drawn(p), *p.axes) for n, p in layout.rows.items()
     }
-    export = weights.Export(config)
-    weights.save(folder, params, table, reward_lib.stored(r), export)
+    weights.save(folder, params, layout, export)
   return folder
 
 

@@ -409,7 +409,7 @@ def test_residual_rows_are_the_tokens_less_the_expected_ones(mesh):
     norm_eps=1e-5,
     tied=True,
   )
-  params = decoder.init(jax.random.key(0), m, mesh)
+  params = decoder.init(jax.random.key(0), m)
   params = {k: 3 * v for k, v in params.items()}
   rng = np.random.default_rng(0)
   sizes = np.array([9, 16, 6])

@@ -76,12 +76,8 @@ def test_what_is_free_is_what_the_system_says():
 @pytest.fixture
 def source(tmp_path):
   path = tmp_path / "pairs.jsonl"
-  path.write_text(
-    "".join(
-      f'{{"prompt": "tell of {i}", "chosen": "it is {i}", "rejected": "no"}}\n'
-      for i in range(40)
-    )
-  )
+  row = '{"prompt": "tell of %d", "chosen": "it is %d", "rejected": "no"}\n'
+  path.write_text("".join(row % (i, i) for i in range(40)))
   return path
 
 
@@ -122,12 +118,7 @@ def test_a_job_takes_about_what_it_plans():
   sys.path.insert(0, str(jobs.ROOT))
   from tools import job_checks
 
-  planned, taken = job_checks.measure(
-    "world",
-    more=(
-      "--config.sft.updates=20",
-      "--config.train.max_updates=5",
-      "--config.compare=()",
-    ),
-  )
+  flags = "sft.updates=20", "train.max_updates=5", "compare=()"
+  flags = [f"--config.{flag}" for flag in flags]
+  planned, taken = job_checks.measure("world", more=flags)
   assert 0.75 < planned / taken < 1.34, (planned, taken)

@@ -269,7 +269,8 @@ def test_no_judge_is_a_choice_too(tmp_path):
 def test_a_reward_model_judges_as_transformers_has_it(tmp_path):
   torch = pytest.importorskip("torch")
   pytest.importorskip("transformers")
-  from test_reward_model import joining, save
+  from models import joining
+  from test_reward_model import save
   import tokenizers
 
   work = answering(tmp_path)

@@ -154,7 +154,7 @@ def abstract_batch(
   micro = rows // accumulation
   shape = (accumulation, micro, responses)
 
-  placed = sharding.named(mesh, None, "batch")
+  placed = sharding.named_sharding(mesh, None, "batch")
   array = lambda dtype, *shape: jax.ShapeDtypeStruct(
     shape, dtype, sharding=placed
   )
@@ -199,7 +199,7 @@ def abstract_state(
 ) -> steps.TrainState:
   """A `TrainState` without its values; moments lie as the parameters do."""
   params = adapters.split(decoder.abstract(m, mesh), m.lora)[0]
-  whole = sharding.named(mesh)
+  whole = sharding.named_sharding(mesh)
 
   def placed(x):
     # A scalar comes back bare; a moment has its parameter's sharding.

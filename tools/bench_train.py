@@ -93,7 +93,7 @@ def prepare(args, folder: pathlib.Path) -> None:
   m = decoder.ModelConfig(**shape, vocab=vocab, context=args.context)
   mesh = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
   with jax.set_mesh(mesh):
-    params = decoder.init(jax.random.key(0), m, mesh)
+    params = decoder.init(jax.random.key(0), m)
     hf.export_folder(folder / "export", params, m, tok)
   count = decoder.parameter_count(m)
   line(f"Llama of {count:,} parameters, vocabulary {vocab}")

@@ -129,7 +129,7 @@ def alternating(section, what: str, sides: dict, counts: dict) -> None:
 def draw(mesh, seed: int, shape, axes) -> jax.Array:
   """Normal bfloat16 numbers on the mesh."""
   x = jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
-  return jax.device_put(x, sharding.named(mesh, *axes))
+  return jax.device_put(x, sharding.named_sharding(mesh, *axes))
 
 
 def seen_of(mesh, rows: int, length: int, segments: bool) -> attention.Seen:
@@ -239,7 +239,7 @@ class Step:
     ids = np.random.default_rng(0).integers(0, m.vocab, shape, np.int32)
     tokens = sharding.put(mesh, ids, None, "batch", None, None)
     mask = jnp.ones_like(tokens)
-    params = decoder.init(jax.random.key(0), m, mesh)
+    params = decoder.init(jax.random.key(0), m)
     # Computed once, as for a run: the reference is the first policy.
     ref = jax.jit(lambda p, t, k: logps_fn(p, t, k))(params, tokens[0], mask[0])
     ref = jax.tree.map(lambda x: x[None], ref)

@@ -180,7 +180,7 @@ def _model(c: Any, planned: bool) -> decoder.ModelConfig:
     m = given_model(c)
     prepare.context_of(c, m.context)
     if not planned:
-      hf.weights_file(c.model.checkpoint)
+      hf.digest_names(c.model.checkpoint)
   try:
     tokenizer = prepare.given_tokenizer(c)
   except ConfigError:

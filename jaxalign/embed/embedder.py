@@ -23,6 +23,7 @@ from jaxalign.embed.passes import PassOptions
 from jaxalign.model import decoder, encoder, families, hf, weights
 from jaxalign.model.flops import decoder_flops, encoder_flops
 
+SIDES = ("chosen", "rejected", "completion")  # the answers of a record
 # The files of token rows that a stage makes for itself.
 TOKENS = [f"tokens.{field}.npy" for field in TokenRows._fields]
 
@@ -100,7 +101,7 @@ def of_answers(e: Embedder) -> Embedder:
 
 def _encoder(given: str, pooling: str) -> encoder.EncoderConfig:
   try:
-    return encoder.read_config(given, pooling=pooling)
+    return encoder.read_encoder_config(given, pooling=pooling)
   except ConfigError:
     if (raw := families.PUBLISHED.get(given)) is None:
       raise
@@ -130,15 +131,15 @@ def first_weights(
 def load_decoder(e: Embedder, mesh: jax.sharding.Mesh) -> decoder.Params:
   """Another decoder's parameters; of a longer one the layers that run."""
   m, layer = e.model, re.compile(r"\.layers\.(\d+)\.")
+  whole = families.decoder_layout(m)
 
-  def canonical(name):
-    name = families.canonical(m, name)
+  def rename(name):
+    name = whole.rename(name)
     match = name and layer.search(name)
     return None if match and int(match[1]) >= m.layers else name
 
-  table, stored = decoder.table(m), families.stored(m)
-  how = dict(canonical=canonical, dtype=jnp.dtype(m.dtype))
-  return weights.load(e.folder, table, stored, mesh, **how)
+  layout, dtype = whole._replace(rename=rename), jnp.dtype(m.dtype)
+  return weights.load_weights(e.folder, layout, mesh, dtype)
 
 
 def encode(e: Embedder, rows: list[dict]) -> TokenRows:
@@ -169,12 +170,13 @@ def encode(e: Embedder, rows: list[dict]) -> TokenRows:
 
 def texts_of(rows: list[dict], answers: bool = False) -> list[str]:
   """The texts to embed: two of a pair, chosen first; or the answers alone."""
-  return [
-    ("" if answers else row["prompt"]) + row[side]
-    for row in rows
-    for side in ("chosen", "rejected", "completion")
-    if side in row
-  ]
+  prompt = lambda row: "" if answers else row["prompt"]
+  return [prompt(row) + row[side] for row, side in answers_of(rows)]
+
+
+def answers_of(rows: list[dict]) -> list[tuple[dict, str]]:
+  """(record, which of its answers) of every answer, in order."""
+  return [(row, side) for row in rows for side in SIDES if side in row]
 
 
 def token_rows_of(folder: Any, make: Callable[[], TokenRows]) -> TokenRows:

@@ -23,9 +23,10 @@ from jaxalign.embed.passes import PassOptions, sum_flops
 from jaxalign.eval import held_out, judge_endpoint, winrate
 from jaxalign.eval.judge_endpoint import Endpoint, Pair
 from jaxalign.eval.verdict_cache import VerdictCache
-from jaxalign.model import reward
+from jaxalign.model import reward, weights
 from jaxalign.model.flops import reward_flops
 from jaxalign.model.job import Arm, arm_folder, Job, kernel_of
+from jaxalign.model.parameters import check_mesh
 
 CONTROLS = 20  # prompts of each control, see eval/judging.py
 REFERENCE = "judged_reference"  # the stage that judges the reference
@@ -62,7 +63,7 @@ def endpoint_of(c: Any) -> Endpoint:
 
 def _reward_config(c: Any) -> reward.RewardConfig:
   """The sizes of config.judge.checkpoint, with the context it is used at."""
-  r = reward.read_config(
+  r = reward.read_reward_config(
     c.judge.checkpoint, c.model.dtype, "config.judge.checkpoint"
   )
   context = min(
@@ -214,10 +215,11 @@ class _Rewards:
     if not r.encodes:
       kernel = kernel_of(job.c, r.model, job.mesh)
       r = r._replace(model=r.model._replace(attention=kernel))
-    reward.check_reward(r, job.mesh)
+    layout = reward.reward_layout(r)
+    check_mesh(layout.rows, job.mesh)
     dtype = np.dtype(np.float32 if r.encodes else job.c.model.param_dtype)
     self.r, self.given = r, job.c.judge.checkpoint
-    self.params = reward.load(self.given, r, job.mesh, dtype)
+    self.params = weights.load_weights(self.given, layout, job.mesh, dtype)
     # Of the reference, which every arm's answers are compared with.
     path = job.shared / REFERENCE / REWARDS
     stored = disk.read_json(path) if path.exists() else {}

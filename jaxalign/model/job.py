@@ -54,7 +54,7 @@ class Job:
   A class because it caches what is costly to load (tokens, the reference).
   """
 
-  force = False  # whether a job that should not fit is tried all the same
+  force = False  # whether a job that should not fit is tried anyway
 
   def __init__(
     self,

@@ -10,6 +10,7 @@ from jaxalign.core.stage import Made
 from jaxalign.data import tables
 from jaxalign.data.row_table import TextColumn
 from jaxalign.data.summary import summary_lines
+from jaxalign.embed.embedder import SIDES
 from jaxalign.model.job import Arm, Job
 from jaxalign.report import select_page
 from jaxalign.select import columns, fit_mixture, mixture, selection_report
@@ -29,7 +30,7 @@ COLUMNS = (
   "logp",
   "logp_count",
 )
-TEXTS = ("prompt", "chosen", "rejected", "completion")
+TEXTS = ("prompt", *SIDES)
 FILES = ["selection.json", "selection.html", "reasons.parquet"]
 
 

@@ -235,7 +235,7 @@ def _logps(job: Job, sampler: Callable) -> np.ndarray | None:
 
 def _copies(rows: RowTable) -> int:
   """Rows whose texts, but for case and spaces, an earlier one has."""
-  names = ("prompt", "chosen", "rejected", "completion")
+  names = ("prompt", *embedder.SIDES)
   plain = lambda text: " ".join(text.casefold().split())
   seen = {tuple(plain(row[n]) for n in names if n in row) for row in rows}
   return len(rows) - len(seen)

@@ -179,7 +179,7 @@ def _tune(
   options = TrainOptions(
     folder, label, how.updates, t.save_every, explode=t.explode
   )
-  begin = lambda _: begin_from(dict(base.params), m, job.mesh, how.seed)
+  begin = lambda _: begin_from(dict(base.params), m, how.seed)
   train(job.mesh, m, begin, rows, LOSS, how, options)
   shapes = adapters.split(decoder.abstract(m, job.mesh), m.lora)[0]
   tuned = restore_params(folder / TRAINED[0], shapes)

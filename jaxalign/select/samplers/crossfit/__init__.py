@@ -367,7 +367,7 @@ def crossfit(
     seed: of the folds, and of the rows where it falls back to random ones.
     pool: `grams` [N, R, W], `overlap` [N, R, 2], `length` [N, R];
       `answer_embedding` [N, R, E] (means over the response's tokens),
-      `residual` [N, R, D] and `least` [N, R], see `embed.pass_rows`; where it
+      `residual` [N, R, D] and `least` [N, R], see `passes.pass_rows`; where it
       has them `logp`, `logp_count` and `log_likelihood` [N, R], `group` [N]
       (rows of one prompt share it) and `label` [N] of unpaired rows.
     budget: M, at most N. Where fewer rows score above 0 a warning says so,
