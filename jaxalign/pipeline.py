@@ -36,6 +36,7 @@ from jaxalign.embed.row_scores import (
   rewards_price,
 )
 from jaxalign.eval import judge_kinds
+from jaxalign.eval.aligned import align_fields, align_price, make_aligned
 from jaxalign.eval.judge_stage import (
   judge_fields,
   judged_reference_fields,
@@ -50,7 +51,6 @@ from jaxalign.eval.policies import (
   make_evaluation,
   make_export,
 )
-from jaxalign.eval.while_training import align_fields, align_price, make_aligned
 from jaxalign.model.decoder import parameter_count
 from jaxalign.model.job import Arm, Job
 from jaxalign.report.selection_stage import make_selection_report, report_needs

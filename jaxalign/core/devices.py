@@ -14,7 +14,7 @@ class Device(NamedTuple):
   peak: float  # dense bfloat16 FLOP/s
 
 
-# By the start of a device's kind; the longer of two starts comes first.
+# By the prefix of a device's kind; the longer of two comes first.
 DEVICES = {
   "TPU v4": Device(32 * GIB, 275e12),
   "TPU v5 lite": Device(16 * GIB, 197e12),

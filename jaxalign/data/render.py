@@ -1,4 +1,4 @@
-"""Chat templates of strangers, rendered where they can do no harm.
+"""Chat templates of strangers, rendered in a sandbox of their own.
 
 Jinja's immutable sandbox keeps a template from Python's internals, not from
 time or memory: "x" * 10**9 is one operation, and so is 9**9**9. So templates

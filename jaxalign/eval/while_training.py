@@ -1,4 +1,4 @@
-"""Evaluations while a policy trains; its online reference, mean and cost."""
+"""Evaluations while a policy trains, and what they cost."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -8,19 +8,14 @@ import numpy as np
 
 from jaxalign.core.artifacts import Cost
 from jaxalign.core.errors import ConfigError
-from jaxalign.core.settings import pick
-from jaxalign.core.stage import JobSizes, Made, Price
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data import world
 from jaxalign.embed import passes
 from jaxalign.eval import held_out, winrate
-from jaxalign.model import decode, decoder
+from jaxalign.model import decode
 from jaxalign.model.job import Arm, Job, WHOLE
 from jaxalign.select.choose import selected_rows
-from jaxalign.train import align, online
-from jaxalign.train.align import train_price, Watched
 from jaxalign.train.batch import Logps
-from jaxalign.train.logps import PRODUCERS
 from jaxalign.train.losses import loss_of
 from jaxalign.train.trackers import check_trackers
 
@@ -152,31 +147,6 @@ def reads(t: Any) -> tuple[str, ...]:
   """Sections of a config that decide which weights are the best: that of
   generation, where generations are what they are best at."""
   return ("eval",) if t.eval_every and t.best.startswith("generations/") else ()
-
-
-def _extend(job: Job) -> Callable[[Any, Callable], tuple[Any, Callable]]:
-  """Returns `(state, train_step) -> (state, train_step)` with an online
-  reference and a running mean of the weights, as in config.train."""
-  t = job.c.train
-
-  def producer(m):
-    logps_fn = PRODUCERS[t.logps](m, job.c.model.head_chunk)
-    return logps_fn, decoder.compiler_options(m)
-
-  def extended(state, step):
-    if t.ref_sync:
-      state = online.begin_refresh(state)
-      logps_fn, options = producer(job.policy)
-      how = dict(every=t.ref_sync, mix=t.ref_mix, options=options)
-      step = online.with_refresh(step, logps_fn, **how)
-    elif t.reference == "online":
-      logps_fn, options = producer(job.model)
-      step = online.with_reference(step, logps_fn, job.reference, options)
-    if t.ema:
-      state, step = online.begin_ema(state), online.with_ema(step, t.ema)
-    return state, step
-
-  return extended
 
 
 class Measure(NamedTuple):
@@ -401,31 +371,3 @@ def _generations(job: Job) -> Measure:
     return Cost(round(sum(x["flops"] for x in values)), 3 * (read + written))
 
   return Measure(measure, cost)
-
-
-def make_aligned(job: Job, arm: Arm, folder: Any) -> Made:
-  """The align stage: trains a policy, and evaluates it meanwhile."""
-  measures = measures_of(job, arm)
-  cost = lambda lines: evaluation_cost(measures, lines)
-  watched = Watched(measures, _extend(job), cost)
-  return align.make_policy(job, arm, folder, watched)
-
-
-def align_fields(job: Job, arm: Arm) -> dict[str, Any]:
-  """The fields of `align`, those that decide which weights are best too."""
-  t = job.c.train
-  fields = align.align_fields(job, arm) | pick(job.c, *reads(t))
-  return record_fields(t, fields)
-
-
-def align_price(z: JobSizes, arm: Arm) -> Price:
-  """Training, and the evaluations while it runs."""
-  held, pool = z.rows["held_out"], z.rows["pool"]
-
-  def evaluated(kept, updates):
-    rows = dict(held_out=held, kept=kept, rest=pool - kept)
-    return planned_rows(
-      z.job.c, updates, rows, dict(held_out=2, pool=z.responses)
-    )
-
-  return train_price(z, arm, evaluated)
