@@ -1,10 +1,9 @@
-"""Chat templates of strangers, rendered where they can do no harm.
+"""Chat templates of strangers, rendered in a process of their own.
 
 Jinja's immutable sandbox keeps a template from Python's internals, not from
-time or memory: "x" * 10**9 is one operation, and so is 9**9**9. So templates
-run in a process of their own, with a bound on its memory, a deadline for each
-record, and a cap on what comes out. It stays alive over many records and is
-killed when a deadline passes.
+time or memory: "x" * 10**9 is one operation, and so is 9**9**9. The process
+has a bound on its memory, a deadline for each record, and a cap on what comes
+out. It stays alive over many records and is killed when a deadline passes.
 """
 
 import contextlib

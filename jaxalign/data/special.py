@@ -52,7 +52,7 @@ class Settings(NamedTuple):
 
 
 class Encoding:
-  """What the two kinds of tokenizer share.
+  """What the two kinds of tokenizer have in common.
 
   Each has two models, `_main` of texts that begin a row and `_bare` of texts
   that continue another; `_encoded(texts, model)` are the ids of texts, and
@@ -67,7 +67,7 @@ class Encoding:
     pad: the tokenizer's own, else another; no mask depends on it.
     specials: text -> id of every token that only a template may write.
     added: text -> id of those and of all others outside the vocabulary.
-    strips: text -> whether such a token eats the blanks before, and after it.
+    strips: text -> whether such a token takes the blanks before, and after it.
     prefixes_each: a space is put before the text after every special token.
     names: bos_token and so on -> the token's text, for a template.
     template, tool_template: the chat template, and that for tools where it is
