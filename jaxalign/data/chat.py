@@ -260,6 +260,7 @@ class Chat(contextlib.AbstractContextManager):
     """Ids of rendered texts, each as one string; None where text forges."""
     # What they begin with alike is encoded once, up to a special token: there
     # the tokenizer begins anew in any case.
+    known = lambda ids: [i for i in ids if i in self._specials]
     out, shared, at, k = [], None, 0, 0
     for text, shown in texts:
       same = shared is not None and shown.startswith(shared)
@@ -267,13 +268,12 @@ class Chat(contextlib.AbstractContextManager):
       ids = self.tok.encode_rendered(text[first:])
       written = self._written(shown, first)
       wanted = [self.tok.specials[m[0]] for m in written]
-      known = [[i for i in x if i in self._specials] for x in (ids, wanted)]
-      exact = known[0] == known[1]
-      if check and not exact:
+      if check and known(ids) != known(wanted):
         return None
-      if not out and exact and known[0] and wanted[-1] == known[0][-1]:
+      last = wanted[-1] if wanted and not out else None
+      if last is not None and ids.count(last) == wanted.count(last):
         at, shared = written[-1].start(), shown[: written[-1].end()]
-        k = len(ids) - 1 - ids[::-1].index(wanted[-1])
+        k = len(ids) - 1 - ids[::-1].index(last)
       out.append(out[0][:k] + ids if same else ids)
     return out
 
