@@ -23,7 +23,7 @@ def base(variant: str = "") -> ConfigDict:
   c.seed = 0  # of one arm: selection, batch order, sampling
   c.seeds = 1  # runs of every arm, with the seeds c.seed, c.seed + 1, ...
   c.budgets = ()  # of every sampler; (): select.budget alone
-  # Arms beside the chosen sampler: samplers; "all", the whole pool;
+  # Arms besides the chosen sampler: samplers; "all", the whole pool;
   # "all_short", the whole pool for as many updates as the budget takes.
   c.compare = ("random", "all")
   c.mesh = ConfigDict(dict(fsdp=-1, tensor=1))  # -1: all devices left
@@ -113,7 +113,7 @@ def base(variant: str = "") -> ConfigDict:
   # What some samplers read; each runs only where one of the job does.
   c.rewards = ConfigDict(dict(checkpoint=""))  # external_margin, bees, deita
   a = c.ask = ConfigDict()  # ask_llm
-  a.checkpoint = ""  # a model that is asked yes or no; "": the reference
+  a.checkpoint = ""  # a model that answers yes or no; "": the reference
   a.context = 0  # tokens of a question; 0: what the model was made for
   a.question = (
     "Below, a question and then an answer to it stand between marked lines. "
@@ -152,7 +152,7 @@ def base(variant: str = "") -> ConfigDict:
   t.ema = 0.0  # decay of a running mean of the weights, which is exported
   t.explode = 20.0  # a loss of so many times what it was ends a run; 0: off
   t.save_every, t.keep = 100, 2  # updates between checkpoints; how many stay
-  t.trackers = ()  # beside metrics.jsonl: "tensorboard", "wandb"
+  t.trackers = ()  # besides metrics.jsonl: "tensorboard", "wandb"
   t.eval_every = 0  # updates between evaluations; 0: none before the end
   t.eval_sets = ("held_out",)  # also "kept", "rest", "generations"
   t.eval_rows, t.eval_prompts = 256, 32  # of a set, at most

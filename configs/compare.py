@@ -34,8 +34,8 @@ GRID = (
 
 def get_config(variant=""):
   """`variant`: "", "nine" or "grid", and those of configs/common.py."""
-  asked = variant.split(",")
-  c = common.base(",".join(v for v in asked if v not in ("nine", "grid")))
+  variants = variant.split(",")
+  c = common.base(",".join(v for v in variants if v not in ("nine", "grid")))
   c.select.sampler = "isa"
   c.compare = (
     "random",
@@ -47,13 +47,13 @@ def get_config(variant=""):
   )
   c.budgets = (0.035, 0.1)
   c.seeds, c.train.min_updates = 5, 50
-  if "nine" in asked or "grid" in asked:
+  if "nine" in variants or "grid" in variants:
     c.select.sampler = "crossfit"
     c.compare = (*NINE, "crossfit_lite", "all")
     c.budgets = (0.1,)
-  if "grid" in asked:
+  if "grid" in variants:
     c.compare, c.budgets = (*GRID, "all"), (0.035, 0.1, 0.25)
-  if "tiny" in asked:
+  if "tiny" in variants:
     c.compare, c.budgets = ("random", "k_center"), (0.05, 0.1)
     c.seeds, c.train.min_updates = 2, 1
   return c

@@ -36,7 +36,7 @@ class Page:
 
   def __init__(self, write, read):
     self.write, self.read = write, read
-    self.number, self.rest, self.said = 0, b"", []
+    self.number, self.rest, self.messages = 0, b"", []
     target = self.call("Target.createTarget", url="about:blank")["targetId"]
     self.session = self.call(
       "Target.attachToTarget", targetId=target, flatten=True
@@ -72,7 +72,7 @@ class Page:
         "Log.entryAdded",
         "Page.javascriptDialogOpening",
       ):
-        self.said.append(answer)
+        self.messages.append(answer)
       if answer.get("id") == self.number:
         if "error" in answer:
           raise RuntimeError(f"{method}: {answer['error']}")

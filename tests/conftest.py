@@ -113,6 +113,16 @@ def shared():
   return SHARED
 
 
+@pytest.fixture
+def hub_folder(tmp_path, monkeypatch):
+  """A folder for the files of a dataset; `datasets` caches it in another."""
+  datasets = pytest.importorskip("datasets")
+  datasets.disable_progress_bars()
+  monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+  (tmp_path / "data").mkdir()
+  return tmp_path / "data"
+
+
 @pytest.fixture(params=[(1, 1), (4, 2)], ids=["1x1", "4x2"])
 def mesh(request):
   """The current mesh: one device, then eight; a test must agree on both."""

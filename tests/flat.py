@@ -68,3 +68,12 @@ def train_rows(
   return TrainRows(
     ids, tokens, index, sums.reshape(index.shape), counts.reshape(index.shape)
   )._replace(**more)
+
+
+def rows_of(groups: Any) -> TokenRows:
+  """[(prompt, answer, answer..)] of ids -> token rows, R of a group."""
+  pairs = [(p, a) for p, *answers in groups for a in answers]
+  ids = [np.concatenate([p, a]).astype(np.int32) for p, a in pairs]
+  ends = np.cumsum([0, *map(len, ids)])
+  starts = np.array([len(p) for p, _ in pairs], np.int32)
+  return TokenRows(np.concatenate(ids), ends, starts, np.zeros_like(starts))

@@ -180,7 +180,7 @@ def start(
   """
   code = (
     f"import os, signal, sys\n{hook}\n"
-    "from jaxalign.cli.exits import start_module\n"
+    "from jaxalign.core.exits import start_module\n"
     "start_module('jaxalign.cli.main')\n"
   )
   return subprocess.Popen(

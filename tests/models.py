@@ -35,3 +35,41 @@ def make_mesh(fsdp=1, tensor=1):
   """A mesh over the first devices."""
   sizes = dict(fsdp=fsdp, tensor=tensor)
   return sharding.make_mesh(sizes, jax.devices()[: fsdp * tensor])
+
+
+def joining(tok, folder=None):
+  """A tokenizer, [CLS] 2 and [SEP] 3, made to join two texts; saved."""
+  from tokenizers import processors
+
+  tok.post_processor = processors.TemplateProcessing(
+    single="[CLS] $A [SEP]",
+    pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+    special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+  )
+  if folder is not None:
+    tok.save(str(folder / "tokenizer.json"))
+  return tok
+
+
+def word_pieces(words, folder=None):
+  """A BERT tokenizer of a vocabulary."""
+  import tokenizers
+
+  ids = {w: i for i, w in enumerate(words)}
+  model = tokenizers.models.WordPiece(ids, unk_token="[UNK]")
+  tok = tokenizers.Tokenizer(model)
+  tok.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+  return joining(tok, folder)
+
+
+def save_drawn(folder, model, scale=0.3):
+  """A model of transformers with every number drawn, saved."""
+  import torch
+
+  with torch.no_grad():
+    for name, p in model.eval().named_parameters():
+      p.normal_(0.0, scale)
+      if "norm" in name.lower() and name.endswith("weight"):
+        p += 1.0
+  model.save_pretrained(folder)
+  return model

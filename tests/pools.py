@@ -69,3 +69,45 @@ def pairs_of_tokens(rng, n, vocab, prompts, answers):
     np.int32(start),
     np.zeros(2 * n, np.int32),
   )
+
+
+def clusters(n=300, width=12, seed=0, responses=2):
+  """A pool with a dense cluster, a wide one, and a few rows far off."""
+  rng = np.random.default_rng(seed)
+  pool = make(responses, n, seed, width)
+  spread = np.where(
+    np.arange(n) % 10 == 0, 3.0, np.where(np.arange(n) % 3 == 0, 1.0, 0.2)
+  )
+  x = 1 + rng.normal(size=(n, responses, width)) * spread[:, None, None]
+  return with_columns(pool, embedding=x.astype(np.float32))
+
+
+def planted(n=240):
+  """A pool in which every third row is a near-copy of the one before it."""
+  pool = make(2, n, width=16)
+  x = pool.embedding.copy()
+  x[2::3] = x[1::3] + 0.02 * x[2::3]
+  return with_columns(pool, embedding=x)
+
+
+def copied(pool, rows, times):
+  """The pool with each of its first rows' embeddings so many times."""
+  x = np.repeat(pool.embedding[:rows], times, axis=0)
+  return with_columns(pool, embedding=x)
+
+
+def vectors_of(pool, pair="mean", metric="cosine"):
+  """[N, W] float64 of the vectors that a row is compared by."""
+  x = np.float64(pool.embedding)
+  x = {
+    "mean": x.mean(1),
+    "chosen": x[:, 0],
+    "rejected": x[:, -1],
+    "difference": x[:, 0] - x[:, -1],
+    "concat": x.reshape(len(x), -1),
+  }[pair]
+  if metric == "centred":
+    x = x - x.mean(0)
+  if metric != "euclidean":
+    x = x / np.linalg.norm(x, axis=1, keepdims=True)
+  return x

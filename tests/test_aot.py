@@ -11,13 +11,13 @@ from conftest import ROOT
 import emitters
 import flat
 import jax
+from models import draw, make_mesh, put, sized
 import numpy as np
 import pytest
 
 from jaxalign.core import sharding
 from jaxalign.core.errors import ConfigError
-from jaxalign.data.tokens import TokenRows
-from jaxalign.model import adapters, decoder, memory
+from jaxalign.model import adapters, memory
 from jaxalign.train import feed, optim
 from jaxalign.train import step as steps
 from jaxalign.train.losses import LOSSES
@@ -26,23 +26,16 @@ from jaxalign.train.packing import Packed
 sys.path.insert(0, str(ROOT))
 from tools import aot  # noqa: E402
 
-M = decoder.ModelConfig(
-  layers=6,
-  width=2048,
-  heads=16,
-  kv_heads=8,
-  head_size=128,
-  ff=5632,
-  vocab=32000,
-  context=1024,
-  tied=False,
-  dtype="bfloat16",
-  remat="full",
-)
+SIZES = 6, 2048, 16, 8, 128, 5632, 32000, 1024
+M = sized(*SIZES, tied=False, dtype="bfloat16", remat="full")
 needs_libtpu = pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None,
   reason="needs libtpu (pip install jaxalign[aot]), which is not installed",
 )
+
+
+# What a compiler sets aside besides the arguments.
+TEMPORARY = ("gradients", "activations", "logits", "workspace")
 
 
 def line(result, operation, name="x", more=""):
@@ -149,12 +142,11 @@ def same_arrays(real, assumed):
     if x.shape:
       assert x.sharding.is_equivalent_to(y.sharding, x.ndim), name
   # By the shardings alone, as many bytes as the arrays have on one device.
-  assert aot.held_bytes(assumed) == sum(
-    x.addressable_shards[0].data.nbytes
-    if isinstance(x, jax.Array)
-    else x.nbytes
-    for x in jax.tree.leaves(real)
+  of_one = lambda x: (
+    x.addressable_shards[0].data if isinstance(x, jax.Array) else x
   )
+  held = sum(of_one(x).nbytes for x in jax.tree.leaves(real))
+  assert aot.held_bytes(assumed) == held
 
 
 @pytest.mark.parametrize("layout", ["packed", "packed_apart", "padded"])
@@ -167,23 +159,12 @@ def test_the_compiled_batch_is_what_a_run_feeds(
 ):
   mesh = sharding.make_mesh(dict(fsdp=4, tensor=2))
   loss, context, prompt = LOSSES[loss], 128, 32
-  n = 8 * responses
-  tokens = TokenRows(
-    np.zeros(context * n, np.int32),
-    context * np.arange(n + 1),
-    np.full(n, prompt, np.int32),
-    np.zeros(n, np.int32),
-  )
-  zeros, unpaired = (
-    np.zeros((8, responses), np.float32),
-    loss.kind == "unpaired",
-  )
-  rows = flat.train_rows(
-    tokens,
-    responses,
-    label=np.zeros(8, bool) if unpaired else None,
-    mismatched=feed.MismatchedRows(tokens, zeros[:, 0]) if unpaired else None,
-  )
+  row = np.zeros(prompt), *[np.zeros(context - prompt)] * responses
+  tokens, more = flat.rows_of([row] * 8), {}
+  if loss.kind == "unpaired":
+    mismatched = feed.MismatchedRows(tokens, np.zeros(8, np.float32))
+    more = dict(label=np.zeros(8, bool), mismatched=mismatched)
+  rows = flat.train_rows(tokens, responses, **more)
   batching = feed.Batching(8, 0, accumulation, context, layout)
   batch_at = feed.Feed(mesh, rows, batching, lambda step: 1e-3).batch_at
   assumed = aot.abstract_batch(
@@ -192,9 +173,8 @@ def test_the_compiled_batch_is_what_a_run_feeds(
   same_arrays(batch_at(0), assumed)
   assert isinstance(assumed.tokens, Packed) == (layout != "padded")
   each = 8 * responses // accumulation // 4  # responses of a device
-  assert aot.positions_of(assumed, mesh)[0] == each * (
-    127 if layout == "padded" else 96
-  )
+  places = 127 if layout == "padded" else 96
+  assert aot.positions_of(assumed, mesh)[0] == each * places
 
 
 def test_the_packed_row_of_a_pair_by_hand():
@@ -236,32 +216,16 @@ def test_the_compiled_state_is_what_a_run_starts_from():
   )
   tx = optim.make_optimizer(clip=1.0, weight_decay=0.0, b2=0.98)
   with jax.set_mesh(mesh):
-    params = {
-      n: sharding.put(mesh, np.zeros(p.shape, np.float32), *p.axes)
-      for n, p in decoder.table(m).items()
-    }
+    params = put(mesh, m, draw(m))
     for loss in (LOSSES["dpo"], LOSSES["bco"]):  # which keeps a mean
-      same_arrays(
-        steps.init_state(params, tx, loss),
-        aot.abstract_state(m, mesh, tx, loss),
-      )
+      state = steps.init_state(params, tx, loss)
+      same_arrays(state, aot.abstract_state(m, mesh, tx, loss))
 
 
 def test_the_head_of_a_plan_by_hand():
-  # So wide a vocabulary that the head decides: 1,000 pieces of 4 numbers, 12
+  # So wide a vocabulary that the head decides: 1,000 rows of 4 numbers, 12
   # tokens in one chunk of logits.
-  m = decoder.ModelConfig(
-    layers=1,
-    width=4,
-    heads=2,
-    kv_heads=1,
-    head_size=2,
-    ff=3,
-    vocab=1000,
-    context=16,
-    tied=False,
-  )
-  one = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
+  m = sized(1, 4, 2, 1, 2, 3, 1000, 16, tied=False)
   hidden = 2 * 4 * 12 * 4
   lora = adapters.Lora(1, 1.0)
   for config, frozen, each in (
@@ -270,11 +234,8 @@ def test_the_head_of_a_plan_by_hand():
     (m._replace(dtype="bfloat16", lora=lora), 2, 2 + 2),  # no gradient
     (m._replace(dtype="bfloat16", lora=lora), 4, 4 + 2),
   ):
-    held = memory.train_step(
-      config,
-      one,
-      memory.StepShape(rows=2, length=6, chunk=6, frozen_size=frozen),
-    )
+    shape = memory.StepShape(rows=2, length=6, chunk=6, frozen_size=frozen)
+    held = memory.train_step(config, make_mesh(), shape)
     assert held["workspace"] == each * 4000 + hidden
     assert held["logits"] == 2 * 4 * 12 * 1000
 
@@ -284,7 +245,7 @@ SEVEN = M._replace(
 )
 
 
-# What libtpu 0.0.51 set aside beside the arguments, MiB a chip, padded rows;
+# What libtpu 0.0.51 set aside besides the arguments, MiB a chip, padded rows;
 # the table of BENCHMARKS.md.
 @pytest.mark.parametrize(
   "model, fsdp, tensor, rows, measured",
@@ -311,14 +272,9 @@ def test_the_plan_is_near_what_a_compiler_set_aside(
       frozen_size=dict(float32=4, bfloat16=2)[step["frozen"]],
     )
   mesh = jax.sharding.AbstractMesh((fsdp, tensor), sharding.AXES)
-  held = memory.train_step(
-    model, mesh, memory.StepShape(rows=rows, length=model.context, **sizes)
-  )
-  planned = (
-    sum(held[k] for k in ("gradients", "activations", "logits", "workspace"))
-    / 2**20
-  )
-  assert 0.99 < planned / measured < 1.28
+  shape = memory.StepShape(rows=rows, length=model.context, **sizes)
+  held = memory.train_step(model, mesh, shape)
+  assert 0.99 < sum(held[k] for k in TEMPORARY) / 2**20 / measured < 1.28
 
 
 # Compiled, each in a process of its own: libtpu is locked and its flags are
@@ -327,30 +283,15 @@ def test_the_plan_is_near_what_a_compiler_set_aside(
 
 PADDED = ("--layout=padded", f"--layers={M.layers}")
 SMALL = (
-  "--layout=packed",
-  "--layers=3",
-  "--width=256",
-  "--heads=4",
-  "--kv_heads=2",
-  "--ff=512",
-  "--vocab=4032",
-  "--length=256",
-  "--chunk=32",
-)
+  "--layout=packed --layers=3 --width=256 --heads=4 --kv_heads=2 "
+  "--ff=512 --vocab=4032 --length=256 --chunk=32"
+).split()
 
 
-def report(topology, fsdp, tensor, rows, more=PADDED):
+def output_of(*command):
+  """What a Python process of a user's prints."""
   done = subprocess.run(
-    [
-      sys.executable,
-      "tools/aot.py",
-      f"--topology={topology}",
-      f"--fsdp={fsdp}",
-      f"--tensor={tensor}",
-      f"--rows={rows}",
-      "--json",
-      *more,
-    ],
+    [sys.executable, *command],
     cwd=ROOT,
     capture_output=True,
     text=True,
@@ -358,7 +299,14 @@ def report(topology, fsdp, tensor, rows, more=PADDED):
     env=emitters.as_users(),
   )
   assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
-  return aot.Report(**json.loads(done.stdout.splitlines()[-1]))
+  return done.stdout
+
+
+def report(topology, fsdp, tensor, rows, more=PADDED):
+  sizes = dict(topology=topology, fsdp=fsdp, tensor=tensor, rows=rows)
+  flags = [f"--{name}={value}" for name, value in sizes.items()]
+  out = output_of("tools/aot.py", *flags, "--json", *more)
+  return aot.Report(**json.loads(out.splitlines()[-1]))
 
 
 def sound(r):
@@ -382,9 +330,7 @@ def sound(r):
 
 def near_the_plan(r):
   """The estimate of the plan, against the compiler."""
-  planned = sum(
-    r.planned[k] for k in ("gradients", "activations", "logits", "workspace")
-  )
+  planned = sum(r.planned[k] for k in TEMPORARY)
   assert 0.8 < planned / r.temp_bytes < 1.5
 
 
@@ -442,7 +388,7 @@ mesh = sharding.make_mesh(dict(fsdp=8, tensor=1), topologies.get_topology_desc(
 
 def abstract(shape, *axes):
   return jax.ShapeDtypeStruct(shape, jnp.bfloat16,
-                              sharding=sharding.named(mesh, *axes))
+                              sharding=sharding.named_sharding(mesh, *axes))
 
 def stacked(w, x):  # gathers before the scan
   whole = jax.reshard(w, jax.P())
@@ -476,20 +422,8 @@ with jax.set_mesh(mesh):
 @pytest.mark.slow
 @needs_libtpu
 def test_programs_that_do_it_wrong_are_flagged():
-  done = subprocess.run(
-    [sys.executable, "-c", CONTROL],
-    cwd=ROOT,
-    text=True,
-    capture_output=True,
-    timeout=300,
-    env=emitters.as_users(),
-  )
-  assert done.returncode == 0, done.stderr[-3000:]
-  saw = {
-    words[1]: words[2:]
-    for words in map(str.split, done.stdout.splitlines())
-    if words[:1] == ["SAW"]
-  }
+  lines = map(str.split, output_of("-c", CONTROL).splitlines())
+  saw = {words[1]: words[2:] for words in lines if words[:1] == ["SAW"]}
   assert set(saw) == {"stacked", "scanned", "head"}
   assert int(saw["stacked"][0]) > 0 and saw["stacked"][1] == "0"
   assert saw["scanned"] == ["0", "0", "False"]

@@ -20,7 +20,7 @@ from jaxalign.model.job import arm_folder
 
 def run(folder, make, fields=None, inputs={}, redo=False, resumes=()):
   how = Description(fields or dict(a=1), inputs, redo, resumes)
-  return artifacts.run(folder, "one", how, make)
+  return artifacts.run_stage(folder, "one", how, make)
 
 
 def stage(folder, fields=None, *, content=b"first", fail=None, **how):
@@ -382,7 +382,7 @@ def test_a_file_in_place_of_a_folder_is_73(tmp_path, monkeypatch, blocked):
   if blocked == "runs":
     run = job_lib.Job.run
     only = lambda job, stage, arm=None, folder=None: (
-      artifacts.run(arm_folder(job, arm), "select", Description({}), None)
+      artifacts.run_stage(arm_folder(job, arm), "select", Description({}), None)
       if arm
       else run(job, stage)
       if stage == "data"

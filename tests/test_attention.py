@@ -1,6 +1,5 @@
 """Attention: every kernel against the equation, values and gradients."""
 
-import contextlib
 import functools
 import importlib.util
 import json
@@ -27,45 +26,27 @@ KERNELS = ["plain", "splash", "cudnn"]
 @pytest.fixture(autouse=True)
 def cudnn_arguments(monkeypatch):
   """No GPU here: cuDNN's arguments, handed to the same function's XLA path."""
-  monkeypatch.setitem(
-    attention.KERNELS,
-    "cudnn",
-    functools.partial(
-      attention._on_shards,
-      functools.partial(attention._cudnn, implementation="xla"),
-    ),
-  )
+  run = functools.partial(attention._cudnn, implementation="xla")
+  kernel = functools.partial(attention._on_shards, run)
+  monkeypatch.setitem(attention.KERNELS, "cudnn", kernel)
 
 
 def draw(seed, length, size, dtype=np.float32, keys=None):
   """q, k, v and a cotangent dy; in `dtype`, so that an oracle sees the same."""
   rng = np.random.default_rng(seed)
-  keys = keys or length
-  shapes = [
-    (B, length, G, Q, size),
-    (B, keys, G, size),
-    (B, keys, G, size),
-    (B, length, G, Q, size),
-  ]
+  queries, key = (B, length, G, Q, size), (B, keys or length, G, size)
   # Scores of standard deviation 2, so that the soft cap and the mask matter.
-  factors = (2.0, 1.0, 1.0, 1.0)
-  return [
-    np.asarray(jnp.asarray(f * rng.standard_normal(s), dtype))
-    for f, s in zip(factors, shapes)
-  ]
+  normal = lambda shape, scale=1.0: np.asarray(
+    jnp.asarray(scale * rng.standard_normal(shape), dtype)
+  )
+  return [normal(queries, 2.0), normal(key), normal(key), normal(queries)]
 
 
 def segments_of(length):
   """[B, L]: one; two; many and short; half of the row a padding of its own."""
   slot = np.arange(length)
-  return np.stack(
-    [
-      0 * slot,
-      slot >= length // 3,
-      slot // 7,
-      np.where(slot < length // 2, 3, -1),
-    ]
-  ).astype(np.int32)
+  half = np.where(slot < length // 2, 3, -1)
+  return np.int32([0 * slot, slot >= length // 3, slot // 7, half])
 
 
 def oracle(q, k, v, dy, ok, scale, softcap=0.0):
@@ -95,13 +76,6 @@ def oracle(q, k, v, dy, ok, scale, softcap=0.0):
         dq[b, :, g, h] = scale * ds @ k[b, :, g]
         dk[b, :, g] += scale * ds.T @ q[b, :, g, h]
   return y, dq, dk, dv
-
-
-@contextlib.contextmanager
-def one_by_one():
-  mesh = make_mesh()
-  with jax.set_mesh(mesh):
-    yield mesh
 
 
 def looks(length, window=0, segments=None):
@@ -134,23 +108,14 @@ def values_and_gradients(mesh, fn, q, k, v, dy):
   )
 
 
-def on_mesh(mesh, q, k, v, dy, segments, **how):
+def on_mesh(mesh, arrays, segments, *how):
   """y, dq, dk, dv of `attend`."""
   if segments is not None:
     segments = sharding.put(mesh, segments, "batch", None)
-  return values_and_gradients(
-    mesh,
-    lambda q, k, v: attention.attend(
-      *(q, k, v, seen_of(q.shape[1], segments)),
-      attention.Attention(**how),
-      None,
-      sharding.SPREAD,
-    ),
-    q,
-    k,
-    v,
-    dy,
-  )
+  seen = seen_of(arrays[0].shape[1], segments)
+  more = seen, attention.Attention(*how), None, sharding.SPREAD
+  attend = lambda q, k, v: attention.attend(q, k, v, *more)
+  return values_and_gradients(mesh, attend, *arrays)
 
 
 def close(found, wanted, tolerance):
@@ -173,29 +138,17 @@ CASES = {  # length, head size, window, segments, soft cap
 def check(mesh, kernel, length, size, window, segmented, softcap):
   segments = segments_of(length) if segmented else None
   arrays, scale = draw(1, length, size), 0.7 * size**-0.5
-  found = on_mesh(
-    mesh,
-    *arrays,
-    segments,
-    kernel=kernel,
-    scale=scale,
-    softcap=softcap,
-    windows=(window,),
-  )
-  close(
-    found,
-    oracle(*arrays, looks(length, window, segments), scale, softcap),
-    2e-5,
-  )
+  found = on_mesh(mesh, arrays, segments, kernel, scale, softcap, (window,))
+  ok = looks(length, window, segments)
+  close(found, oracle(*arrays, ok, scale, softcap), 2e-5)
 
 
 @pytest.mark.parametrize(
   "case, kernel",
   [(c, k) for c in CASES for k in KERNELS if k != "cudnn" or not CASES[c][-1]],
 )
-def test_values_and_gradients_are_the_equations(case, kernel):
-  with one_by_one() as mesh:
-    check(mesh, kernel, *CASES[case])
+def test_values_and_gradients_are_the_equations(alone, case, kernel):
+  check(alone, kernel, *CASES[case])
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -207,49 +160,28 @@ def test_on_any_mesh_all_at_once(kernel, mesh, monkeypatch):
 
 
 @pytest.mark.parametrize("kernel", ["plain", "splash"])
-def test_in_bfloat16_within_a_hundredth(kernel):
-  with one_by_one() as mesh:
-    arrays = draw(2, 128, 128, jnp.bfloat16)
-    found = on_mesh(
-      mesh,
-      *arrays,
-      segments_of(128),
-      kernel=kernel,
-      scale=128**-0.5,
-      windows=(50,),
-    )
+def test_in_bfloat16_within_a_hundredth(alone, kernel):
+  arrays, segments = draw(2, 128, 128, jnp.bfloat16), segments_of(128)
+  found = on_mesh(alone, arrays, segments, kernel, 128**-0.5, 0.0, (50,))
   assert all(x.dtype == jnp.bfloat16 for x in found)
-  close(
-    found, oracle(*arrays, looks(128, 50, segments_of(128)), 128**-0.5), 2e-2
-  )
+  close(found, oracle(*arrays, looks(128, 50, segments), 128**-0.5), 2e-2)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_whole_rows_on_each_device(kernel):
-  mesh = make_mesh(4, 2)
+  mesh, spec = make_mesh(4, 2), attention.Attention(kernel, 0.1, windows=(30,))
   q, k, v, dy = (np.concatenate([x, x]) for x in draw(3, 128, 64))
   segments = np.concatenate([segments_of(128)] * 2)
-  put = functools.partial(sharding.put, mesh)
 
   def rows_of(params, rows, shared):
     q, k, v, segments = rows
-    return attention.attend(
-      q,
-      k,
-      v,
-      seen_of(128, segments),
-      attention.Attention(kernel, 0.1, windows=(30,)),
-      None,
-      sharding.PER_ROW,
-    )
+    seen = seen_of(128, segments)
+    return attention.attend(q, k, v, seen, spec, None, sharding.PER_ROW)
 
-  y = jax.jit(sharding.per_row(mesh, rows_of, {}))(
-    {}, tuple(put(x, "pool") for x in (q, k, v, segments)), ()
-  )
-  wanted = oracle(
-    q, k, v, dy, np.concatenate([looks(128, 30, segments_of(128))] * 2), 0.1
-  )
-  assert np.abs(np.asarray(y) - wanted[0]).max() < 2e-5
+  rows = [sharding.put(mesh, x, "pool") for x in (q, k, v, segments)]
+  y = jax.jit(sharding.per_row(mesh, rows_of, {}))({}, tuple(rows), ())
+  ok = np.concatenate([looks(128, 30, segments_of(128))] * 2)
+  assert np.abs(np.asarray(y) - oracle(q, k, v, dy, ok, 0.1)[0]).max() < 2e-5
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -258,19 +190,13 @@ def test_layers_of_several_kinds_in_one_scan(kernel):
   windows, order = (0, 24, 128), np.array([1, 2], np.int32)
   mesh = make_mesh(4, 2)
 
+  spec = attention.Attention(kernel, 0.125, windows=windows)
+
   def stack(q, k, v):
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def body(x, which):
-      y = attention.attend(
-        x,
-        k,
-        v,
-        seen_of(128),
-        attention.Attention(kernel, 0.125, windows=windows),
-        which,
-        sharding.SPREAD,
-      )
-      return x + y, None
+      more = seen_of(128), spec, which, sharding.SPREAD
+      return x + attention.attend(x, k, v, *more), None
 
     return jax.lax.scan(body, q, order)[0]
 
@@ -291,49 +217,29 @@ def test_layers_of_several_kinds_in_one_scan(kernel):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_cache_is_read_at_its_positions(kernel):
   # Row 0 has written 6 of 9 slots, row 1 has 2 empty slots in between.
-  far = attention.FAR
-  k_position = np.array(
-    [[0, 1, 2, 3, 4, 5, far, far, far], [0, 1, far, far, 2, 3, 4, far, far]]
-    * 2,
-    np.int32,
-  )
+  far, spec = attention.FAR, attention.Attention(kernel, 0.4, 2.0, (3,))
+  rows = [0, 1, 2, 3, 4, 5, far, far, far], [0, 1, far, far, 2, 3, 4, far, far]
+  k_position = np.array(rows * 2, np.int32)
   q_position = np.array([[4, 5], [3, 4]] * 2, np.int32)
   q, k, v, dy = draw(5, 2, 6, keys=9)
-  ok = np.zeros((B, 2, 9), bool)
-  for b in range(B):
-    for i in range(2):
-      for j in range(9):
-        at = k_position[b, j]
-        ok[b, i, j] = at <= q_position[b, i] and q_position[b, i] - at < 3
+  distance = q_position[:, :, None] - k_position[:, None, :]
+  ok = (distance >= 0) & (distance < 3)
 
   @jax.jit
-  def read(q, k, v, q_position, k_position):
-    return attention.attend(
-      q,
-      k,
-      v,
-      attention.Seen(q_position, k_position),
-      attention.Attention(kernel, 0.4, 2.0, (3,)),
-      None,
-      sharding.PER_ROW,
-    )
+  def read(q, k, v, *positions):
+    seen = attention.Seen(*positions)
+    return attention.attend(q, k, v, seen, spec, None, sharding.PER_ROW)
 
   y = read(q, k, v, q_position, k_position)
   assert np.abs(y - oracle(q, k, v, dy, ok, 0.4, 2.0)[0]).max() < 1e-5
 
 
-def test_a_query_that_may_look_nowhere_stays_finite():
-  seen = attention.Seen(
-    np.zeros((1, 8), np.int32), np.full((1, 8), attention.FAR, np.int32)
-  )
-  with one_by_one() as mesh:
-    found = values_and_gradients(
-      mesh,
-      lambda *a: attention.attend(
-        *a, seen, attention.Attention("plain", 1.0), None, sharding.SPREAD
-      ),
-      *draw(6, 8, 4),
-    )
+def test_a_query_that_may_look_nowhere_stays_finite(alone):
+  here, far = np.zeros((1, 8), np.int32), np.full((1, 8), attention.FAR)
+  spec = attention.Attention("plain", 1.0)
+  more = attention.Seen(here, np.int32(far)), spec, None, sharding.SPREAD
+  attend = lambda *arrays: attention.attend(*arrays, *more)
+  found = values_and_gradients(alone, attend, *draw(6, 8, 4))
   assert all(np.isfinite(x).all() for x in found)
 
 
@@ -387,12 +293,7 @@ def test_auto_is_the_fastest_that_runs(platform, more, wanted):
 @pytest.mark.parametrize(
   "kernel, platform, more, words",
   [
-    (
-      "flash",
-      "tpu",
-      {},
-      "is unknown; known: auto, plain, tiles, splash, cudnn",
-    ),
+    ("flash", "tpu", {}, "is unknown; known: auto, plain, tiles, splash, c"),
     ("splash", "cpu", {}, "runs on a TPU, found cpu"),
     ("cudnn", "tpu", {}, "runs on an NVIDIA GPU, found tpu"),
     ("cudnn", "gpu", dict(softcap=50.0), "has no soft cap, the model's is 50"),
@@ -409,7 +310,7 @@ def test_impossible_kernels_are_named(kernel, platform, more, words):
 
 def test_a_soft_cap_is_not_dropped_by_cudnn(mesh):
   with pytest.raises(ConfigError, match="no soft cap, found 3.0"):
-    on_mesh(mesh, *draw(7, 16, 8), None, kernel="cudnn", scale=1.0, softcap=3.0)
+    on_mesh(mesh, draw(7, 16, 8), None, "cudnn", 1.0, 3.0)
 
 
 @pytest.mark.parametrize(
@@ -418,45 +319,31 @@ def test_a_soft_cap_is_not_dropped_by_cudnn(mesh):
 def test_lowered_for_a_gpu_it_is_cudnns(window, segmented, monkeypatch):
   from jax._src.cudnn import fused_attention_stablehlo as fused
 
-  # Only the version is asked of the library, which is not here.
+  # Only the version is read from the library, which is not here.
   monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91000)
-  monkeypatch.setitem(
-    attention.KERNELS,
-    "cudnn",
-    functools.partial(attention._on_shards, attention._cudnn),
+  kernel = functools.partial(attention._on_shards, attention._cudnn)
+  monkeypatch.setitem(attention.KERNELS, "cudnn", kernel)
+  mesh, spec = (
+    make_mesh(4, 2),
+    attention.Attention("cudnn", 0.25, 0.0, (window,)),
   )
-  mesh = make_mesh(4, 2)
 
   def array(shape, *axes, dtype=jnp.bfloat16):
-    return jax.ShapeDtypeStruct(
-      shape, dtype, sharding=sharding.named(mesh, *axes)
-    )
+    where = sharding.named_sharding(mesh, *axes)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
   def loss(q, k, v, segments):
-    y = attention.attend(
-      q,
-      k,
-      v,
-      seen_of(256, segments if segmented else None),
-      attention.Attention("cudnn", 0.25, windows=(window,)),
-      None,
-      sharding.SPREAD,
-    )
+    seen = seen_of(256, segments if segmented else None)
+    y = attention.attend(q, k, v, seen, spec, None, sharding.SPREAD)
     return jnp.sum(y.astype(jnp.float32))
 
   with jax.set_mesh(mesh):
     keys = array((8, 256, G, 64), "batch", None, "heads", None)
-    text = (
-      jax.jit(jax.grad(loss, (0, 1, 2)))
-      .trace(
-        array((8, 256, G, Q, 64), "batch", None, "heads", None, None),
-        keys,
-        keys,
-        array((8, 256), "batch", None, dtype=jnp.int32),
-      )
-      .lower(lowering_platforms=("cuda",))
-      .as_text()
-    )
+    queries = array((8, 256, G, Q, 64), "batch", None, "heads", None, None)
+    segments = array((8, 256), "batch", None, dtype=jnp.int32)
+    fn = jax.jit(jax.grad(loss, (0, 1, 2)))
+    traced = fn.trace(queries, keys, keys, segments)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
   kind = "ScaleBiasSoftmax" if segmented else "Softmax"
   calls = re.findall(r"custom_call @__cudnn\$fmha(\w+)\((.*)", text)
   assert [name for name, _ in calls] == [kind, kind + "Backward"]
@@ -489,7 +376,7 @@ def compiled(topology, fsdp, tensor, kernel, *, rows, length, groups, heads,
                                 platform="tpu", topology_name=topology).devices)
   def array(shape, *axes, dtype=dtype):
     return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype),
-                                sharding=sharding.named(mesh, *axes))
+                                sharding=sharding.named_sharding(mesh, *axes))
   def loss(q, k, v, segments, dy):
     slots = jnp.arange(length)[None]
     seen = attention.Seen(slots, slots,
@@ -536,7 +423,7 @@ compiled("v6e:4x4", 4, 4, "splash", dtype="float32", **packed)
 @pytest.mark.slow
 @pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None,
-  reason=("needs libtpu (pip install jaxalign[aot]), which is not installed"),
+  reason="needs libtpu (pip install jaxalign[aot]), which is not installed",
 )
 def test_compiled_for_tpus_no_scores_are_held():
   done = subprocess.run(
@@ -548,20 +435,11 @@ def test_compiled_for_tpus_no_scores_are_held():
     env=emitters.as_users(),
   )
   assert done.returncode == 0, done.stderr[-3000:]
-  llama, plain, gemma, v5p, v6e = [
-    json.loads(line[4:])
-    for line in done.stdout.splitlines()
-    if line.startswith("SAW ")
-  ]
+  lines = [x for x in done.stdout.splitlines() if x.startswith("SAW ")]
+  found = llama, plain, gemma, v5p, v6e = [json.loads(x[4:]) for x in lines]
   # Forward, dq, and dk with dv; the scan's backward pass runs forward again,
   # and each kind of layer has its own.
-  assert [r["kernels"] for r in (llama, plain, gemma, v5p, v6e)] == [
-    3,
-    0,
-    8,
-    3,
-    3,
-  ]
+  assert [r["kernels"] for r in found] == [3, 0, 8, 3, 3]
   for r in (llama, gemma, v5p, v6e):
     assert r["squares"] == []
     # Rows and heads meet no others: the sum of the loss, and no more.

@@ -6,12 +6,12 @@ leaves a folder "gs:" behind. The arrays of training states are the exception:
 orbax's tensorstore speaks to the network by itself, and has a local copy here.
 """
 
-import json
 import os
 
 import bucket
 import jobs
 import pytest
+from rows import put, short_pair
 
 from jaxalign.core import artifacts
 from jaxalign.data import sources
@@ -57,8 +57,8 @@ def test_a_job_on_a_bucket_ends_as_one_on_a_disk(store):
   assert ended.code == 0 and not jobs.did(ended)
   assert "everything was finished before" in ended.out
   assert before == {p: p.stat().st_mtime_ns for p in before}
-  # Harm is noticed and mended there, in a stage of files and in one of
-  # checkpoints.
+  # A corrupt file is noticed and repaired there, in a stage of files and in
+  # one of checkpoints.
   for stage, name in (
     ("embed", "shared/embed/store/logp/00000.npy"),
     ("sft", "shared/sft/metrics.jsonl"),
@@ -72,7 +72,7 @@ def test_a_job_on_a_bucket_ends_as_one_on_a_disk(store):
 
 
 @pytest.mark.slow
-def test_a_job_killed_on_a_bucket_is_gone_on_from(store, monkeypatch):
+def test_a_job_killed_on_a_bucket_is_resumed(store, monkeypatch):
   """In the first arm's training, after a checkpoint."""
   real, saves = bucket.Mirrored.save, []
 
@@ -92,74 +92,51 @@ def test_a_job_killed_on_a_bucket_is_gone_on_from(store, monkeypatch):
   assert not differences(wanted, store / "work")
 
 
+# These name the model and its source.
+NAMED = (
+  "config.json data_summary.json report.json data.json .lock selection.json "
+  "selection.html"
+).split()
+
+
 @pytest.mark.slow
-def test_data_and_checkpoint_on_a_bucket(store, monkeypatch):
+def test_data_and_checkpoint_on_a_bucket(store, tmp_path, monkeypatch):
   """The same files on a disk give the same rows, log-probs and policy."""
   given = jobs.finished() / "runs" / ARM / "export"
   jobs.shutil.copytree(given, store / "model")
-  rows = [
-    dict(
-      prompt=f"tell me of {i} ",
-      chosen=f"it is {i} and good",
-      rejected=f"no {i} at all",
-    )
-    for i in range(120)
-  ]
-  local = store.parent.parent / "rows"
-  for folder in (store / "rows", local):
+  rows = [short_pair(i) for i in range(120)]
+  for folder in (store / "rows", tmp_path / "rows"):
     folder.mkdir(parents=True)
-    for part in range(2):
-      (folder / f"{part}.jsonl").write_text(
-        "".join(json.dumps(r) + "\n" for r in rows[part::2])
-      )
+    for k in range(2):
+      put(folder / f"{k}.jsonl", rows[k::2])
   knobs = ("select.budget=0.5", "compare=()", "profile.steps=(1,3)")
-  ended = jobs.run(
-    "gs://b/work",
-    "data.source=gs://b/rows/*.jsonl",
-    "model.checkpoint=gs://b/model",
-    *knobs,
-  )
-  assert ended.code == 0, ended
+
+  def run(work, rows, model):
+    given = f"data.source={rows}/*.jsonl", f"model.checkpoint={model}"
+    ended = jobs.run(work, *given, *knobs)
+    assert ended.code == 0, ended
+
+  run("gs://b/work", "gs://b/rows", "gs://b/model")
   monkeypatch.undo()
-  at = store.parent.parent / "work"
-  ended = jobs.run(
-    at, f"data.source={local}/*.jsonl", f"model.checkpoint={given}", *knobs
-  )
-  assert ended.code == 0, ended
-  other = differences(jobs.outcome(at), store / "work")
-  named = {
-    "config.json",
-    "data_summary.json",
-    "report.json",
-    "data.json",
-    ".lock",
-    "selection.json",
-    "selection.html",
-  }
-  # A store and its shards say which model and records they are of, pages how
-  # the source was read.
-  assert {
-    n.split("/")[-1]
-    for n in other
-    if "/profile/" not in n
-    and "/records/" not in n
-    and not ("/store/" in n and n.endswith(".json"))
-  } <= named, other
-  for work in (at, store / "work"):  # the trace is where it belongs
+  run(tmp_path / "work", tmp_path / "rows", given)
+  for name in differences(jobs.outcome(tmp_path / "work"), store / "work"):
+    free = "/profile/" in name or "/records/" in name
+    assert free or name.split("/")[-1] in NAMED, name
+  for work in (tmp_path / "work", store / "work"):  # the trace is in its place
     assert list(work.glob("runs/*/profile/**/*.xplane.pb"))
 
 
 @pytest.mark.parametrize(
-  "source, said",
+  "source, words",
   [
     ("gs://b/none.jsonl", "gs://b/none.jsonl is missing"),
     ("gs://b/rows", "ends in none of"),
     ("gs://b/none-*.jsonl", "matches no file"),
   ],
 )
-def test_a_source_that_is_not_in_the_bucket(store, source, said):
+def test_a_source_that_is_not_in_the_bucket(store, source, words):
   ended = jobs.run("gs://b/work", f"data.source={source}")
-  assert ended.code in (64, 65) and said in ended.err
+  assert ended.code in (64, 65) and words in ended.err
   assert not store.exists()
 
 

@@ -16,10 +16,8 @@ SIZES = dict(w=(64, 32), b=(32,))
 
 def state(mesh, value):
   rng = np.random.default_rng(value)
-  return {
-    n: sharding.put(mesh, np.float32(rng.normal(size=s)))
-    for n, s in SIZES.items()
-  }
+  draw = lambda shape: np.float32(rng.normal(size=shape))
+  return {n: sharding.put(mesh, draw(s)) for n, s in SIZES.items()}
 
 
 def same(found, wanted):
@@ -32,9 +30,8 @@ def test_what_is_donated_at_once_was_saved_as_it_was(
   mesh, tmp_path, background
 ):
   wanted = {k: jax.device_get(state(mesh, k)) for k in (1, 2, 3)}
-  spoil = jax.jit(
-    lambda x: jax.tree.map(lambda v: v * 0 - 7.0, x), donate_argnums=0
-  )
+  sevens = lambda x: jax.tree.map(lambda v: v * 0 - 7.0, x)
+  spoil = jax.jit(sevens, donate_argnums=0)
   with checkpoints.Checkpoints(tmp_path, 2, background) as found:
     for k in wanted:
       params = state(mesh, k)
@@ -47,10 +44,8 @@ def test_what_is_donated_at_once_was_saved_as_it_was(
     for k in (2, 3):
       assert found.verified(k)
       same(found.restore(k, dict(params=state(mesh, 0)))["params"], wanted[k])
-  assert sorted(p.name for p in tmp_path.glob("*.json")) == [
-    "2.digests.json",
-    "3.digests.json",
-  ]
+  names = sorted(p.name for p in tmp_path.glob("*.json"))
+  assert names == ["2.digests.json", "3.digests.json"]
   same(checkpoints.restore_params(tmp_path, state(mesh, 0)), wanted[3])
 
 
@@ -86,11 +81,8 @@ def test_what_was_never_sealed_is_not_used(mesh, tmp_path, monkeypatch, capsys):
   with checkpoints.Checkpoints(tmp_path, 2, True) as found:
     found.save(1, dict(params=state(mesh, 1)))
     found.finish()
-    monkeypatch.setattr(
-      checkpoints.Checkpoints,
-      "_seal",
-      lambda self, step: self.manager.wait_until_finished(),
-    )
+    unsealed = lambda self, step: self.manager.wait_until_finished()
+    monkeypatch.setattr(checkpoints.Checkpoints, "_seal", unsealed)
     found.save(2, dict(params=state(mesh, 2)))
   with checkpoints.Checkpoints(tmp_path, 2, True) as found:
     assert sorted(found.manager.all_steps()) == [1, 2]
@@ -100,7 +92,7 @@ def test_what_was_never_sealed_is_not_used(mesh, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("ends_with", ["next", "leaving"])
-def test_a_full_disk_in_the_background_is_said(
+def test_a_full_disk_in_the_background_is_raised(
   mesh, tmp_path, monkeypatch, ends_with
 ):
   def full(folder):

@@ -25,7 +25,13 @@ from jaxalign.model import decoder
 from jaxalign.select import grams
 from jaxalign.select import pool as pools
 from jaxalign.select.samplers import crossfit, draws, SAMPLERS
-from jaxalign.select.samplers.crossfit import heads, margins, near_copies, notes
+from jaxalign.select.samplers.crossfit import (
+  features,
+  heads,
+  margins,
+  near_copies,
+  notes,
+)
 
 N = 1500
 lite = functools.partial(SAMPLERS["crossfit_lite"], 0)
@@ -69,23 +75,23 @@ def world(seed=3, n=N, unpaired=False, **knobs):
   group = np.array([r["prompt"] for r in rows])
   names = [f"{i * 7919 % n:05d}" for i in range(n)]
   length = (np.diff(tokens.offsets) - tokens.start).astype(np.int32)
-  features = grams.columns(tokens, 1 if unpaired else 2)
+  counted = grams.columns(tokens, 1 if unpaired else 2)
   if unpaired:
     names = [f"{name}/{side}" for name in names for side in "cr"]
     columns = dict(
       length=length[:, None],
       group=np.repeat(group, 2),
       label=np.tile([True, False], n),
-      **features,
+      **counted,
     )
     reward = reward.reshape(-1, 1)
   else:
-    columns = dict(length=length.reshape(n, 2), group=group, **features)
+    columns = dict(length=length.reshape(n, 2), group=group, **counted)
   # Embeddings of an untrained model are no more than a mix of the tokens.
-  mix = np.random.default_rng(0).normal(size=(features["grams"].shape[2], 32))
-  columns["answer_embedding"] = np.float32(features["grams"] @ mix)
-  columns["residual"] = np.float32(features["grams"] @ mix[:, ::-1])
-  columns["least"] = np.float32(-features["grams"].max(axis=2))
+  mix = np.random.default_rng(0).normal(size=(counted["grams"].shape[2], 32))
+  columns["answer_embedding"] = np.float32(counted["grams"] @ mix)
+  columns["residual"] = np.float32(counted["grams"] @ mix[:, ::-1])
+  columns["least"] = np.float32(-counted["grams"].max(axis=2))
   pool = pools.make_pool(names, columns | dict(reward=reward))
   return pools.Pool(
     pool.ids, {k: v for k, v in pool.columns.items() if k != "reward"}
@@ -303,7 +309,7 @@ def test_a_large_pool_is_judged_in_chunks_by_heads_of_the_first(
   monkeypatch.setattr(heads, "ROWS", n // 3)
   ridges = margins.RIDGES
   monkeypatch.setattr(margins, "RIDGES", (0.06,))
-  tokens, few, signs = crossfit._read(pool)
+  tokens, few, signs = features.read_features(pool)
   parts, of_heads = dict(tokens=tokens, few=few), (("tokens", "few"),)
   data = crossfit._labelled(pool, parts, of_heads, k)
   chunks = heads.in_chunks(data.group)
@@ -347,7 +353,7 @@ def test_a_large_pool_is_judged_in_chunks_by_heads_of_the_first(
 
 
 def _features(pool):
-  tokens, few, _ = crossfit._read(pool)
+  tokens, few, _ = features.read_features(pool)
   return dict(tokens=tokens, few=few), (("tokens", "few"),)
 
 
@@ -403,7 +409,7 @@ def test_residual_rows_are_the_tokens_less_the_expected_ones(mesh):
     norm_eps=1e-5,
     tied=True,
   )
-  params = decoder.init(jax.random.key(0), m, mesh)
+  params = decoder.init(jax.random.key(0), m)
   params = {k: 3 * v for k, v in params.items()}
   rng = np.random.default_rng(0)
   sizes = np.array([9, 16, 6])
@@ -581,9 +587,9 @@ def test_labels_of_one_class_are_told_as_such(liked):
 def test_counts_are_read_without_a_copy_in_float64():
   pool = tests_pools.make(2, 100)
   assert pool.grams.dtype == np.uint8
-  assert np.shares_memory(crossfit._read(pool)[0], pool.grams)
+  assert np.shares_memory(features.read_features(pool)[0], pool.grams)
   as_float = with_columns(pool, grams=np.float64(pool.grams))
-  got, wanted = crossfit._read(pool), crossfit._read(as_float)
+  got, wanted = features.read_features(pool), features.read_features(as_float)
   for a, b in zip(got[:2], wanted[:2]):
     assert_array_equal(a, b)
   for key, value in got[2].items():

@@ -7,11 +7,12 @@ import importlib.util
 import json
 import os
 import pathlib
+import tempfile
 
 import hypothesis
 from hypothesis import strategies as st
 import jax
-from models import make_mesh
+from models import make_mesh, save_drawn, word_pieces
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -30,15 +31,8 @@ MINILM_SHA256 = (
   "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 )
 WORDS = "the a cat dog runs sleeps fast slow under over tree house".split()
-VOCAB = [
-  "[PAD]",
-  "[UNK]",
-  "[CLS]",
-  "[SEP]",
-  *WORDS,
-  *"abcdefgh",
-  *(f"##{x}" for x in "abcdefgh"),
-]
+VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS, *"abcdefgh"]
+VOCAB += [f"##{x}" for x in "abcdefgh"]
 SMALL = dict(
   vocab_size=len(VOCAB),
   hidden_size=24,
@@ -49,35 +43,15 @@ SMALL = dict(
 )
 
 
-def word_pieces():
-  """A BERT tokenizer of the words above."""
-  tok = tokenizers.Tokenizer(
-    tokenizers.models.WordPiece(
-      {w: i for i, w in enumerate(VOCAB)}, unk_token="[UNK]"
-    )
-  )
-  tok.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-  tok.post_processor = tokenizers.processors.TemplateProcessing(
-    single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-  )
-  return tok
-
-
 def save(folder, kind="bert", seed=0, scale=0.3, **sizes):
   """A model of transformers with every number drawn, saved; returns it."""
   torch.manual_seed(seed)
   config = transformers.AutoConfig.for_model(kind, **(SMALL | sizes))
   model = transformers.AutoModel.from_config(
     config, attn_implementation="eager"
-  ).eval()
-  with torch.no_grad():
-    for name, p in model.named_parameters():
-      p.normal_(0.0, scale)
-      if name.endswith("LayerNorm.weight"):
-        p += 1.0
-  model.save_pretrained(folder)
-  word_pieces().save(str(folder / "tokenizer.json"))
-  return model
+  )
+  word_pieces(VOCAB, folder)
+  return save_drawn(folder, model, scale)
 
 
 def write(folder, name, content):
@@ -111,7 +85,7 @@ def models(draw):
 def test_hidden_states_are_those_of_transformers(tmp_path_factory, sizes):
   folder = tmp_path_factory.mktemp("encoder")
   model = save(folder, **sizes)
-  m = encoder.read_config(folder)
+  m = encoder.read_encoder_config(folder)
   rng = np.random.default_rng(sizes["seed"])
   tokens = rng.integers(2, m.vocab, (4, 11)).astype(np.int32)
   lengths = np.array([11, 1, 7, 4])
@@ -120,18 +94,9 @@ def test_hidden_states_are_those_of_transformers(tmp_path_factory, sizes):
   tokens[~mask] = sizes["pad_token_id"]  # RoBERTa counts positions by it
   mesh = make_mesh(1, 1)
   with jax.set_mesh(mesh):
-    params = weights.load(
-      folder,
-      encoder.table(m),
-      encoder.stored(m),
-      mesh,
-      canonical=encoder.canonical,
-    )
-    got = np.asarray(
-      jax.jit(functools.partial(encoder.forward, m=m))(
-        params, tokens, mask, types=types
-      )
-    )
+    params = weights.load_weights(folder, encoder.encoder_layout(m), mesh)
+    forward = jax.jit(functools.partial(encoder.forward, m=m))
+    got = np.asarray(forward(params, tokens, mask, types=types))
   with torch.no_grad():
     wanted = model(
       input_ids=torch.tensor(tokens).long(),
@@ -159,12 +124,8 @@ def vectors(model, tok, texts, pooling, normalize):
   out = []
   for text in texts:
     with torch.no_grad():
-      x = (
-        model(input_ids=torch.tensor([tok.encode(text).ids]))
-        .last_hidden_state[0]
-        .double()
-        .numpy()
-      )
+      found = model(input_ids=torch.tensor([tok.encode(text).ids]))
+    x = found.last_hidden_state[0].double().numpy()
     y = dict(mean=x.mean(0), cls=x[0], last=x[-1], max=x.max(0))[pooling]
     out.append(y / np.sqrt((y * y).sum()) if normalize else y)
   return np.array(out)
@@ -180,28 +141,16 @@ def test_texts_become_the_vectors_their_config_says(
   model = save(tmp_path)
   theirs = dict(mean="mean", cls="cls", last="lasttoken", max="max")[pooling]
   modules = ["Transformer", "Pooling"] + ["Normalize"] * normalize
-  write(
-    tmp_path,
-    "modules.json",
-    [
-      dict(
-        idx=i,
-        path=f"{i}_{x}" if i else "",
-        type=f"sentence_transformers.models.{x}",
-      )
-      for i, x in enumerate(modules)
-    ],
-  )
+  named = enumerate(f"sentence_transformers.models.{x}" for x in modules)
+  listed = [dict(type=x, path="1_Pooling" if i == 1 else "") for i, x in named]
+  write(tmp_path, "modules.json", listed)
   write(tmp_path, "1_Pooling/config.json", dict(pooling_mode=theirs))
-  write(
-    tmp_path,
-    "sentence_bert_config.json",
-    dict(max_seq_length=16, do_lower_case=True),
-  )
+  limits = dict(max_seq_length=16, do_lower_case=True)
+  write(tmp_path, "sentence_bert_config.json", limits)
   params, m, tok = texts_lib.read_encoder(tmp_path, mesh)
   assert (m.pooling, m.normalize, m.context) == (pooling, normalize, 16)
   got = texts_lib.embed_texts(mesh, params, m, tok, TEXTS, tile=32)
-  peer = word_pieces()
+  peer = word_pieces(VOCAB)
   peer.enable_truncation(16)
   wanted = vectors(model, peer, [t.lower() for t in TEXTS], pooling, normalize)
   assert got.dtype == np.float32 and got.shape == wanted.shape
@@ -211,16 +160,16 @@ def test_texts_become_the_vectors_their_config_says(
 def test_a_folder_of_transformers_alone_is_its_mean(tmp_path):
   """No modules.json: mean, not normalised, all positions; knobs override."""
   save(tmp_path)
-  m = encoder.read_config(tmp_path)
+  m = encoder.read_encoder_config(tmp_path)
   assert (m.pooling, m.normalize, m.context) == ("mean", False, 40)
-  m = encoder.read_config(tmp_path, pooling="cls", normalize=True, context=9)
-  assert (m.pooling, m.normalize, m.context) == ("cls", True, 9)
+  assert encoder.read_encoder_config(tmp_path, pooling="cls").pooling == "cls"
   write(tmp_path, "tokenizer_config.json", dict(model_max_length=int(1e30)))
-  assert encoder.read_config(tmp_path).context == 40
+  assert encoder.read_encoder_config(tmp_path).context == 40
   write(tmp_path, "tokenizer_config.json", dict(model_max_length=17))
-  assert encoder.read_config(tmp_path).context == 17
+  assert encoder.read_encoder_config(tmp_path).context == 17
   save(tmp_path, "roberta")  # positions begin after the padding's
-  assert encoder.read_config(tmp_path, context=38).offset == 2
+  m = encoder.read_encoder_config(tmp_path)
+  assert (m.offset, m.context) == (2, 17)
 
 
 def test_a_prompt_stands_before_every_text(tmp_path):
@@ -229,12 +178,10 @@ def test_a_prompt_stands_before_every_text(tmp_path):
   with jax.set_mesh(mesh):
     params, m, tok = texts_lib.read_encoder(tmp_path, mesh)
     wanted = texts_lib.embed_texts(mesh, params, m, tok, ["the cat", "the "])
-    write(
-      tmp_path,
-      "config_sentence_transformers.json",
-      dict(prompts=dict(query="the ", other="a "), default_prompt_name="query"),
-    )
-    m = encoder.read_config(tmp_path)
+    named = dict(prompts=dict(query="the ", other="a "))
+    named["default_prompt_name"] = "query"
+    write(tmp_path, "config_sentence_transformers.json", named)
+    m = encoder.read_encoder_config(tmp_path)
     got = texts_lib.embed_texts(mesh, params, m, tok, ["cat", ""])
   assert m.prompt == "the "
   np.testing.assert_array_equal(got, wanted)
@@ -251,8 +198,6 @@ WIDE = dict(
 
 @functools.lru_cache
 def wide_folder():
-  import tempfile
-
   folder = pathlib.Path(tempfile.mkdtemp())
   save(folder, scale=0.05, **WIDE)
   return folder
@@ -298,33 +243,25 @@ def test_lengths_to_pad_to(context):
 
 def test_sizes_and_flops_by_hand():
   m = encoder.EncoderConfig(6, 384, 12, 1536, 30522, 512, 256)
-  assert count(encoder.table(m)) == 22_713_216 - 384 * 384 - 384  # no pooler
+  assert (
+    count(encoder.encoder_layout(m).rows) == 22_713_216 - 384 * 384 - 384
+  )  # no pooler
   layer = 10 * (4 * 384 * 384 + 2 * 384 * 1536) + 2 * 10 * 10 * 384
   assert encoder_flops(m, 10) == 6 * 2 * layer
 
 
+OLD = "mean_tokens cls_token lasttoken max_tokens".split()
+
+
 @pytest.mark.parametrize(
-  "old,ours",
-  [
-    ("pooling_mode_mean_tokens", "mean"),
-    ("pooling_mode_cls_token", "cls"),
-    ("pooling_mode_lasttoken", "last"),
-    ("pooling_mode_max_tokens", "max"),
-  ],
+  "old,ours", list(zip(OLD, ("mean", "cls", "last", "max")))
 )
 def test_old_files_name_their_pooling_by_flags(tmp_path, old, ours):
   save(tmp_path)
   write(tmp_path, "modules.json", [dict(type="x.Pooling", path="1_Pooling")])
-  flags = dict.fromkeys(
-    [
-      "pooling_mode_mean_tokens",
-      "pooling_mode_cls_token",
-      "pooling_mode_max_tokens",
-    ],
-    False,
-  )
-  write(tmp_path, "1_Pooling/config.json", flags | {old: True})
-  assert encoder.read_config(tmp_path).pooling == ours
+  flags = {f"pooling_mode_{name}": name == old for name in OLD}
+  write(tmp_path, "1_Pooling/config.json", flags)
+  assert encoder.read_encoder_config(tmp_path).pooling == ours
 
 
 CONFIG, MODULES, POOL = "config.json", "modules.json", "1_Pooling/config.json"
@@ -337,7 +274,7 @@ BAD = [
   (bert(model_type="distilbert"), "'distilbert' is no encoder known here; "),
   (bert(model_type="distilbert"), "known: bert, roberta, xlm-rob"),
   ({CONFIG: dict(model_type="bert")}, "max_position"),
-  (bert(hidden_act="mish"), "act 'mish' is unknown; known: gelu,"),
+  (bert(hidden_act="mish"), "act 'mish' is unknown; known: silu,"),
   (bert(is_decoder=True), "wanted an encoder"),
   (bert(position_embedding_type="relative_key"), "wanted 'absolute'"),
   (bert(num_attention_heads=5), "width=24 is no multiple of heads=5"),
@@ -347,10 +284,7 @@ BAD = [
   ({MODULES: POOLING}, "has no 1_Pooling/config.json"),
   ({MODULES: UP}, "leads out of the folder"),
   (pooled(pooling_mode=["mean", "cls"]), "pooling mean + cls, wanted one of"),
-  (
-    pooled(pooling_mode_weightedmean_tokens=True),
-    "pooling weightedmean, wanted one of",
-  ),
+  (pooled(pooling_mode_weightedmean_tokens=True), "pooling weightedmean, "),
   (pooled(pooling_mode="mean", include_prompt=False), "include_prompt"),
 ]
 
@@ -366,18 +300,16 @@ def test_a_folder_that_cannot_be_read_says_why(tmp_path, files, words):
     else:
       write(tmp_path, name, content)
   with pytest.raises(kind) as caught:
-    encoder.read_config(tmp_path)
+    encoder.read_encoder_config(tmp_path)
   assert words in str(caught.value)
 
 
 def test_bad_knobs_and_texts_are_refused(tmp_path):
   model = save(tmp_path)
-  with pytest.raises(ConfigError, match="41 tokens.*positions for 40"):
-    encoder.read_config(tmp_path, context=41)
   with pytest.raises(ConfigError, match="pooling 'lasttoken' is unknown"):
-    encoder.read_config(tmp_path, pooling="lasttoken")
+    encoder.read_encoder_config(tmp_path, pooling="lasttoken")
   with pytest.raises(ConfigError, match="dtype 'int8'"):
-    encoder.read_config(tmp_path, dtype="int8")
+    encoder.read_encoder_config(tmp_path, dtype="int8")
   mesh = make_mesh(1, 1)
   with jax.set_mesh(mesh):
     params, m, tok = texts_lib.read_encoder(tmp_path, mesh)
@@ -385,21 +317,19 @@ def test_bad_knobs_and_texts_are_refused(tmp_path):
       texts_lib.embed_texts(mesh, params, m, tok, [])
     with pytest.raises(ConfigError, match="tile of 0"):
       texts_lib.embed_texts(mesh, params, m, tok, ["a"], tile=0)
-    bare = word_pieces()
+    bare = word_pieces(VOCAB)
     bare.post_processor = tokenizers.processors.TemplateProcessing(single="$A")
     with pytest.raises(DataError, match="text 1 has no token"):
       texts_lib.embed_texts(mesh, params, m, bare, ["a", ""])
-    spoilt = params | {
-      "embed": params["embed"].at[VOCAB.index("cat")].set(np.nan)
-    }
+    table = params["embed"].at[VOCAB.index("cat")].set(np.nan)
+    spoilt = params | dict(embed=table)
     with pytest.raises(NumericError, match=r"1 of 3 .* rows \[2\]"):
       texts_lib.embed_texts(mesh, spoilt, m, tok, ["a", "dog", "cat"])
     # The same weights under the name of a model with a head.
     path = tmp_path / "model.safetensors"
     tensors = {f"bert.{n}": w.numpy() for n, w in model.state_dict().items()}
-    safetensors.numpy.save_file(
-      tensors | {"cls.predictions.bias": np.zeros(3, np.float32)}, path
-    )
+    tensors["cls.predictions.bias"] = np.zeros(3, np.float32)
+    safetensors.numpy.save_file(tensors, path)
     again, _, _ = texts_lib.read_encoder(tmp_path, mesh)
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
@@ -407,14 +337,17 @@ def test_bad_knobs_and_texts_are_refused(tmp_path):
 @pytest.mark.parametrize("vocab", [len(VOCAB) - 1, len(VOCAB) + 128])
 def test_a_tokenizer_of_another_model_is_refused(tmp_path, vocab):
   save(tmp_path, vocab_size=vocab)
-  with pytest.raises(ConfigError, match=f"has {len(VOCAB)} tokens, .*{vocab}"):
-    texts_lib.read_tokenizer(tmp_path, encoder.read_config(tmp_path))
-  (tmp_path / "tokenizer.json").write_text("{")
-  with pytest.raises(DataError, match="tokenizer.json cannot be read"):
-    texts_lib.read_tokenizer(tmp_path, encoder.read_config(tmp_path))
-  (tmp_path / "tokenizer.json").unlink()
-  with pytest.raises(ConfigError, match="has no tokenizer.json"):
-    texts_lib.read_tokenizer(tmp_path, encoder.read_config(tmp_path))
+  path, m = tmp_path / "tokenizer.json", encoder.read_encoder_config(tmp_path)
+
+  def refused(kind, words):
+    with pytest.raises(kind, match=words):
+      texts_lib.read_tokenizer(tmp_path, m)
+
+  refused(ConfigError, f"has {len(VOCAB)} tokens, .*{vocab}")
+  path.write_text("{")
+  refused(DataError, "tokenizer.json cannot be read")
+  path.unlink()
+  refused(ConfigError, "has no tokenizer.json")
 
 
 @pytest.fixture
@@ -443,35 +376,39 @@ def real_texts(shared, n):
   return [p["prompt"] for p in pairs][:n]
 
 
-def test_minilm_gives_its_published_vectors(minilm, shared):
-  """Of 20 real prompts, beside BertModel, mean and length one by hand."""
+@pytest.fixture
+def real(minilm, alone):
+  """`real(texts, context)` -> their vectors."""
+
+  def embed(texts, context=256):
+    params, m, _ = texts_lib.read_encoder(minilm, alone)
+    assert (m.pooling, m.normalize, m.context) == ("mean", True, 256)
+    m = m._replace(context=context)
+    tok = texts_lib.read_tokenizer(minilm, m)
+    return texts_lib.embed_texts(alone, params, m, tok, texts)
+
+  return embed
+
+
+def test_minilm_gives_its_published_vectors(minilm, real, shared):
+  """Of 20 real prompts, as BertModel's, mean and length one by hand."""
   picked = real_texts(shared, 20) + [""]
-  mesh = make_mesh(1, 1)
-  with jax.set_mesh(mesh):
-    params, m, tok = texts_lib.read_encoder(minilm, mesh, context=48)
-    got = texts_lib.embed_texts(mesh, params, m, tok, picked)
-  assert encoder.read_config(minilm) == m._replace(context=256)
-  assert (m.pooling, m.normalize) == ("mean", True)
-  model = transformers.BertModel.from_pretrained(
-    minilm, local_files_only=True
-  ).eval()
+  got = real(picked, 48)
+  model = transformers.BertModel.from_pretrained(minilm, local_files_only=True)
   peer = tokenizers.Tokenizer.from_file(str(minilm / "tokenizer.json"))
   peer.no_padding()
   peer.enable_truncation(48)
-  wanted = vectors(model, peer, picked, "mean", True)
+  wanted = vectors(model.eval(), peer, picked, "mean", True)
   assert cosines(got, wanted).min() > 0.99999
   np.testing.assert_allclose(got, wanted, rtol=0, atol=2e-6)
 
 
 @pytest.mark.slow
-def test_minilm_beside_sentence_transformers(minilm, shared):
+def test_minilm_against_sentence_transformers(minilm, real, shared):
   """JAXALIGN_LONG=1 takes 1,000 texts."""
   library = pytest.importorskip("sentence_transformers")
   count = 1000 if os.environ.get("JAXALIGN_LONG") else 200
   picked = real_texts(shared, count)
-  mesh = make_mesh(1, 1)
-  with jax.set_mesh(mesh):
-    params, m, tok = texts_lib.read_encoder(minilm, mesh)
-    got = texts_lib.embed_texts(mesh, params, m, tok, picked)
   wanted = library.SentenceTransformer(str(minilm), device="cpu").encode(picked)
-  assert len(picked) == count and cosines(got, wanted).min() > 0.99999
+  assert len(picked) == count
+  assert cosines(real(picked), wanted).min() > 0.99999

@@ -1,4 +1,4 @@
-"""Planted differences are found, planted zeros not, and little stays little."""
+"""Planted differences are detected, planted zeros not; little stays little."""
 
 import json
 import re
@@ -20,9 +20,9 @@ def study(rng, gains, seeds=10, prompts=400, sd=0.024):
   for i, gain in enumerate(gains):
     luck = rng.normal(0, sd, (seeds, 1))
     p = np.clip(0.5 + gain + luck + hard, 0.02, 0.98)
-    won = (rng.random((seeds, prompts)) < p).astype(float)
-    won[rng.random((seeds, prompts)) < 0.05] = 0.5
-    arms.append(Arm(f"arm{i}", range(seeds), range(prompts), won))
+    wins = (rng.random((seeds, prompts)) < p).astype(float)
+    wins[rng.random((seeds, prompts)) < 0.05] = 0.5
+    arms.append(Arm(f"arm{i}", range(seeds), range(prompts), wins))
   return arms
 
 
@@ -46,7 +46,7 @@ FALSE_150 = 0.05 * 150 + 3 * np.sqrt(150 * 0.05 * 0.95)
 @pytest.mark.parametrize(
   "verdict,least,most,args",
   [
-    (("better",), 19, 20, (0, 20, SIX)),  # six points are found
+    (("better",), 19, 20, (0, 20, SIX)),  # six points are detected
     (EXTREMES, 0, 1, (1, 20, (0, 0))),  # zero is not
     # The level is kept over many: 5 % of them, give or take three errors.
     (EXTREMES, 0, FALSE_300, (2, 300, (0, 0), 6, 100)),
@@ -57,8 +57,8 @@ FALSE_150 = 0.05 * 150 + 3 * np.sqrt(150 * 0.05 * 0.95)
   ],
 )
 def test_verdicts_are_as_often_right_as_they_claim(verdict, least, most, args):
-  found = verdicts(*args)
-  assert least <= sum(v in verdict for v in found) <= most, found
+  given = verdicts(*args)
+  assert least <= sum(v in verdict for v in given) <= most, given
 
 
 def test_many_comparisons_stay_honest():
@@ -92,14 +92,11 @@ def test_the_tests_by_hand():
   )
   error = np.sqrt(total / (s * p))
   out = one(a, b, margin=0.1)
-  np.testing.assert_allclose(out["difference"]["value"], m)
-  half = stats.t.ppf(0.975, freedom) * error
-  np.testing.assert_allclose(
-    [out["difference"]["low"], out["difference"]["high"]], [m - half, m + half]
-  )
-  np.testing.assert_allclose(
-    out["p_differ"], 2 * stats.t.sf(abs(m) / error, freedom)
-  )
+  diff, half = out["difference"], stats.t.ppf(0.975, freedom) * error
+  got = [diff["value"], diff["low"], diff["high"]]
+  np.testing.assert_allclose(got, [m, m - half, m + half])
+  two_sided = 2 * stats.t.sf(abs(m) / error, freedom)
+  np.testing.assert_allclose(out["p_differ"], two_sided)
   lower = stats.t.sf((m + 0.1) / error, freedom)  # not below -0.1
   upper = stats.t.cdf((m - 0.1) / error, freedom)  # not above +0.1
   np.testing.assert_allclose(out["p_equal"], max(lower, upper))
@@ -117,9 +114,8 @@ def test_the_order_of_prompts_and_seeds_changes_nothing():
   rng = np.random.default_rng(6)
   a, b = study(rng, (0.05, 0), 5, 40)
   rows, columns = rng.permutation(5), rng.permutation(40)
-  turned = Arm(
-    b.name, rows.tolist(), columns.tolist(), b.outcome[np.ix_(rows, columns)]
-  )
+  outcome = b.outcome[np.ix_(rows, columns)]
+  turned = Arm(b.name, rows.tolist(), columns.tolist(), outcome)
   assert one(a, b) == one(a, turned)
 
 
@@ -147,49 +143,42 @@ def test_too_little_is_withheld_and_still_shown(seeds, prompts):
   json.dumps(out, allow_nan=False)
 
 
+CLAIMS = dict(better="is better than", worse="is worse than")
+CLAIMS["equal"] = "are equal within 2 points"
+
+
 def test_the_verdict_and_the_words_agree():
   rng = np.random.default_rng(9)
   seen = set()
   for _ in range(60):
     gain, seeds = rng.choice([0, 0.01, 0.08]), int(rng.choice([5, 12, 40]))
-    arms = study(rng, (gain, 0, 0), seeds, 600, 0.01)
-    for out in equivalence.compare_arms(
-      [(arms[0], arms[1]), (arms[2], arms[1])]
-    ):
-      said = out["verdict"]
-      seen.add(said)
-      start = dict(
-        better="is better than",
-        worse="is worse than",
-        equal="are equal within 2 points",
-      )
-      for key, words in start.items():
-        assert (words in out["words"]) == (said == key), out["words"]
-      assert ("Cannot tell" in out["words"]) == (said == "cannot tell")
-      assert "correction for 2 comparisons" in out["words"]
-      assert (out["needed"] is not None) == (said == "cannot tell")
+    a, b, c = study(rng, (gain, 0, 0), seeds, 600, 0.01)
+    for out in equivalence.compare_arms([(a, b), (c, b)]):
+      verdict, text = out["verdict"], out["words"]
+      seen.add(verdict)
+      for key, words in CLAIMS.items():
+        assert (words in text) == (verdict == key), text
+      unsure = verdict == "cannot tell"
+      assert ("Cannot tell" in text) == (out["needed"] is not None) == unsure
+      assert "correction for 2 comparisons" in text
       json.dumps(out, allow_nan=False)
   assert seen >= {"better", "equal", "cannot tell"}
 
 
 @pytest.mark.parametrize("gain", [0.008, 0.0])
-def test_a_difference_too_small_to_count_is_still_told(gain):
+def test_a_difference_too_small_to_count_is_still_shown(gain):
   """Always 0.8 points: surely there, and surely under 2."""
   rng = np.random.default_rng(11)
   base = rng.random((6, 200)) * 0.9
-  a = Arm(
-    "a",
-    range(6),
-    range(200),
-    base + gain + rng.normal(0, 0.01, base.shape) * 0.1,
-  )
+  noise = rng.normal(0, 0.01, base.shape) * 0.1
+  a = Arm("a", range(6), range(200), base + gain + noise)
   out = one(a, a._replace(name="b", outcome=base))
   assert out["verdict"] == "equal"
   assert ("A difference is there, +0.8 points" in out["words"]) == (gain > 0)
 
 
-def test_a_study_of_the_size_needed_tells():
-  """Power as promised: at the size asked for, both answers are found."""
+def test_a_study_of_the_size_needed_decides():
+  """Power as promised: at the size needed, both verdicts are given."""
   rng = np.random.default_rng(10)
   out = one(*study(rng, (0, 0), 5, 100, 0.02), margin=0.05)
   assert out["verdict"] == "cannot tell", out["words"]
@@ -197,21 +186,17 @@ def test_a_study_of_the_size_needed_tells():
   assert f"To tell 5 points: {need['seeds']} seeds" in out["words"]
   size = (need["seeds"], need["prompts"], 0.02)
   for gain, verdict in ((0.05 / 0.95, "better"), (0, "equal")):
-    found = [
-      one(*study(rng, (gain, 0), *size), margin=0.05)["verdict"]
-      for _ in range(60)
-    ]
-    assert found.count(verdict) > 0.6 * 60  # 0.8, one spread's luck
+    arms = (study(rng, (gain, 0), *size) for _ in range(60))
+    given = [one(*two, margin=0.05)["verdict"] for two in arms]
+    assert given.count(verdict) > 0.6 * 60  # 0.8, one spread's luck
 
 
 def test_needed_grows_what_stands_in_the_way():
-  def need(**parts):
-    base = dict(
-      value=0.0, error=0.1, freedom=5.0, seeds=0.0, prompts=0.0, noise=0.0
-    )
-    return equivalence.size_needed(
-      intervals.Spread(**(base | parts)), 5, 100, 0.02, 0.05
-    )
+  def need(**variances):
+    none = dict.fromkeys(("value", "seeds", "prompts", "noise"), 0.0)
+    own = none | dict(error=0.1, freedom=5.0) | variances
+    spread = intervals.Spread(**own)
+    return equivalence.size_needed(spread, 5, 100, 0.02, 0.05)
 
   by_seed = need(seeds=0.03**2)
   assert by_seed["seeds"] > 5 and by_seed["prompts"] == 100
@@ -233,7 +218,7 @@ def test_arms_that_never_differ_are_not_certain():
   """All cells alike: an interval with a width, and no better or worse."""
   arm = Arm("a", range(5), range(30), np.ones((5, 30)))
   out = one(arm, arm._replace(name="b"))
-  half = stats.t.ppf(0.975, 4) * np.sqrt(2) / 152  # one +1, one -1 beside
+  half = stats.t.ppf(0.975, 4) * np.sqrt(2) / 152  # one +1, one -1 added
   np.testing.assert_allclose(out["difference"]["high"], half)
   np.testing.assert_allclose(out["difference"]["low"], -half)
   assert out["verdict"] in ("equal", "cannot tell")

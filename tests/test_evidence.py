@@ -254,20 +254,6 @@ def test_samplers_side_by_side_end_to_end(tmp_path):
 
 
 @pytest.mark.parametrize(
-  "flag, words",
-  [
-    ("seeds=0", "config.seeds"),
-    ("budgets=(0.0,)", "budget"),
-    ("select.sampler=length_matched", "config.compare"),
-    ("train.min_updates=300", "train.min_updates"),
-  ],
-)
-def test_what_cannot_work_is_refused_first(tmp_path, flag, words):
-  ended = jobs.run(tmp_path, flag, "train.max_updates=250")
-  assert ended.code == 64 and words in ended.err and not jobs.did(ended)
-
-
-@pytest.mark.parametrize(
   "change",
   [{}, dict(budgets=(0.1, 0.2)), dict(compare=("random", "real", "ifd"))],
 )

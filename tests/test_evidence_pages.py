@@ -19,16 +19,17 @@ X = [0, 10, 25, 50, 75, 100]
 
 
 def fit(y=HH):
-  return json.loads(json.dumps(plateau.fit(X, y)))
+  return json.loads(json.dumps(plateau.fit_plateau(X, y)))
 
 
 def judged():
   words = ["first", "second", "tie", None]
+  sides = ("m", "k"), ("k", "m")
   rows = [
     Verdict(i, *names, rater, words[(i * k + (names[0] == "m")) % 4])
     for i in range(30)
     for k, rater in enumerate(("ann", "ben", "gpt"))
-    for names in (("m", "k"), ("k", "m"))
+    for names in sides
   ]
   found = interrater.judged(rows, ["gpt"], ["ann", "ben"])
   return json.loads(json.dumps(found))
@@ -120,7 +121,7 @@ def text(section, found):
   return " ".join(" ".join(document.text).replace("\u00a0", " ").split())
 
 
-SEEDS = plateau.fit(X * 2, HH + [v - 1 for v in HH])
+SEEDS = plateau.fit_plateau(X * 2, HH + [v - 1 for v in HH])
 RULES = "|".join(interrater.UNPARSABLE.values())
 # What is said of which JSON, and what is not.
 SAID = [

@@ -15,7 +15,7 @@ from jaxalign.core import disk
 from tools import job_checks
 
 CALL = (
-  "import sys\nfrom jaxalign.cli.exits import start\n"
+  "import sys\nfrom jaxalign.core.exits import start\n"
   "def run(argv):\n  {body}\nstart(run)\n"
 )
 

@@ -62,15 +62,17 @@ def test_sampler(outside):
     "my_sampler:shortest(side=rejected)",
     "gate(column=reward) | my_sampler:shortest(side=rejected)",
   ):
-    sampler = chains.named(name)
+    sampler = chains.find_sampler(name)
     assert "length" in sampler.needs
     got = checked(sampler(0, pool, 40), 200, 40, name)
     assert rejected[got.rows].max() <= np.delete(rejected, got.rows).min()
     assert costs.estimate(sampler, sizes).flops > 0
-  both = chains.named("my_sampler:shortest * ask_llm")
+  both = chains.find_sampler("my_sampler:shortest * ask_llm")
   assert both.needs == ("length", "p_yes")
   # The plan says of one without a cost that it is not known.
-  assert costs.estimate(chains.named("my_sampler:uncounted"), sizes) is None
+  assert (
+    costs.estimate(chains.find_sampler("my_sampler:uncounted"), sizes) is None
+  )
 
 
 SCHEMA = """

@@ -40,11 +40,8 @@ def dots(jaxpr):
     if name == "dot_general":
       (contract, _), _ = eqn.params["dimension_numbers"]
       a = eqn.invars[0].aval.shape
-      total += (
-        2
-        * math.prod(eqn.outvars[0].aval.shape)
-        * math.prod(a[i] for i in contract)
-      )
+      sums = math.prod(a[i] for i in contract)
+      total += 2 * math.prod(eqn.outvars[0].aval.shape) * sums
     inside = sum(dots(j) for j in jax_core.jaxprs_in_params(eqn.params))
     assert name not in ("while", "cond", "conv_general_dilated") or not inside
     total += inside * (eqn.params["length"] if name == "scan" else 1)
@@ -67,6 +64,9 @@ def by_hand(m, tokens, squares, logits):
   )
 
 
+ROW = by_hand(MODEL, LENGTH, LENGTH**2, LENGTH)  # of one padded row
+
+
 def lengths_of(r, even):
   """Prompts [B] and answers [B, R], all rows of LENGTH tokens where even."""
   rng = np.random.default_rng(r)
@@ -79,19 +79,10 @@ def lengths_of(r, even):
 def rows_of(r, even):
   prompt, answers = lengths_of(r, even)
   rng = np.random.default_rng(7)
-  ids = []
-  for p, a in zip(prompt, answers):
-    asked = rng.integers(3, 48, p)
-    ids += [np.concatenate([asked, rng.integers(3, 48, n)]) for n in a]
-  tokens = tokens_lib.TokenRows(
-    np.concatenate(ids).astype(np.int32),
-    np.cumsum([0, *map(len, ids)]),
-    np.repeat(prompt, r).astype(np.int32),
-    np.zeros(len(ids), np.int32),
-  )
-  return flat.train_rows(
-    tokens, r, label=np.arange(BATCH) % 2 == 0 if r == 1 else None
-  )
+  ids = lambda n: rng.integers(3, 48, n)
+  groups = [(ids(p), *map(ids, own)) for p, own in zip(prompt, answers)]
+  label = np.arange(BATCH) % 2 == 0 if r == 1 else None
+  return flat.train_rows(flat.rows_of(groups), r, label=label)
 
 
 BATCHING = feed.Batching(BATCH, 0, context=MODEL.context)
@@ -137,11 +128,8 @@ def counted(mesh, m, batch, loss, head="plain", against=None):
   def both(reference, state, batch, frozen):
     return step(state, fill(reference, batch), frozen)
 
-  return dots(
-    jax.make_jaxpr(both)(
-      decoder.abstract(against, mesh), state, batch, frozen
-    ).jaxpr
-  )
+  reference = decoder.abstract(against, mesh)
+  return dots(jax.make_jaxpr(both)(reference, state, batch, frozen).jaxpr)
 
 
 def test_a_counter_that_counts():
@@ -149,14 +137,11 @@ def test_a_counter_that_counts():
   a, b = np.ones((2, 3), np.float32), np.ones((3, 5), np.float32)
   of = lambda fn, *x: dots(jax.make_jaxpr(fn)(*x).jaxpr)
   assert of(jnp.dot, a, b) == 2 * 2 * 3 * 5
-  loop = lambda a: jax.lax.scan(
-    lambda x, _: (x @ b @ b.T, None), a, None, length=7
-  )[0]
+  twice = lambda x, _: (x @ b @ b.T, None)
+  loop = lambda a: jax.lax.scan(twice, a, None, length=7)[0]
   assert of(loop, a) == 7 * 2 * 2 * (2 * 3 * 5)
-  assert (
-    of(jax.grad(lambda a, b: jnp.sum(jnp.sin(a @ b)), (0, 1)), a, b)
-    == 3 * 2 * 2 * 3 * 5
-  )
+  slopes = jax.grad(lambda a, b: jnp.sum(jnp.sin(a @ b)), (0, 1))
+  assert of(slopes, a, b) == 3 * 2 * 2 * 3 * 5
 
 
 @pytest.mark.parametrize(
@@ -182,7 +167,7 @@ def test_a_forward_pass(alone, m):
 def test_a_step_on_padded_rows_is_three_passes(alone, loss, r):
   rows = rows_of(r, even=True)
   found = counted(alone, MODEL, batch_of(alone, rows, "padded"), loss)
-  assert found == 3 * BATCH * r * by_hand(MODEL, LENGTH, LENGTH**2, LENGTH)
+  assert found == 3 * BATCH * r * ROW
   assert found == cost_of(MODEL, rows)
 
 
@@ -192,7 +177,7 @@ def test_kto_adds_a_pass_of_its_mismatched_rows(alone):
   batch = batch_of(alone, rows, "padded")
   size = batch.mismatched.tokens.shape[-1]
   found = counted(alone, MODEL, batch, "kto")
-  own = 3 * BATCH * by_hand(MODEL, LENGTH, LENGTH**2, LENGTH)
+  own = 3 * BATCH * ROW
   assert found == own + BATCH * by_hand(MODEL, size, size**2, size)
   cost = cost_of(MODEL, rows)
   real = tokens_lib.row_lengths(other.tokens)  # the formula counts no padding
@@ -207,41 +192,34 @@ def test_a_loss_that_looks_ahead_adds_a_pass(alone):
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_an_online_reference_adds_a_pass(alone, rank):
-  """Of its own weights, without adapters; of KTO's mismatched rows too."""
+  """Of its own weights, without adapters."""
   m = MODEL._replace(lora=adapters.Lora(rank=rank) if rank else None)
   rows = rows_of(2, even=True)
   batch = batch_of(alone, rows, "padded")
   stored = counted(alone, m, batch, "dpo")
-  found = counted(alone, m, batch, "dpo", against=MODEL)
-  one = 2 * BATCH * by_hand(MODEL, LENGTH, LENGTH**2, LENGTH)
-  assert found == stored + one
+  one = 2 * BATCH * ROW
+  assert counted(alone, m, batch, "dpo", against=MODEL) == stored + one
   cost, tokens = training_cost(m, rows, BATCHING, 1)
   with_reference = training_cost(m, rows, BATCHING, 1, online=True)
   assert with_reference == (cost + one, tokens)
   more = useful_of(m, rows, online=True) - useful_of(m, rows)
   assert 3 * more == useful_of(MODEL, rows)
-  if rank:
-    return
+
+
+def test_an_online_reference_reads_the_mismatched_rows_too(alone):
   rows = with_mismatched(rows_of(1, even=True))
-  other = rows.mismatched
   batch = batch_of(alone, rows, "padded")
   size = batch.mismatched.tokens.shape[-1]
-  more = counted(alone, MODEL, batch, "kto", against=MODEL) - counted(
-    alone, MODEL, batch, "kto"
-  )
-  assert more == BATCH * (
-    by_hand(MODEL, LENGTH, LENGTH**2, LENGTH)
-    + by_hand(MODEL, size, size**2, size)
-  )
-  cost = lambda **more: cost_of(MODEL, rows, **more)
-  real = tokens_lib.row_lengths(other.tokens)  # the formula counts no padding
-  assert cost(online=True) - cost() == (
-    BATCH * by_hand(MODEL, LENGTH, LENGTH**2, LENGTH)
-    + sum(by_hand(MODEL, n, n * n, n) for n in real.tolist())
-  )
-  with_kl = lambda **more: useful_of(m, rows, **more)
-  own = useful_of(m, rows._replace(mismatched=None))
-  assert with_kl(online=True) - with_kl() == own // 3 + with_kl() - own
+  count = functools.partial(counted, alone, MODEL, batch, "kto")
+  other = by_hand(MODEL, size, size**2, size)
+  assert count(against=MODEL) - count() == BATCH * (ROW + other)
+  # The formula counts no padding.
+  real = tokens_lib.row_lengths(rows.mismatched.tokens).tolist()
+  own = BATCH * ROW + sum(by_hand(MODEL, n, n * n, n) for n in real)
+  assert cost_of(MODEL, rows, online=True) - cost_of(MODEL, rows) == own
+  both, one = useful_of(MODEL, rows, online=True), useful_of(MODEL, rows)
+  without = useful_of(MODEL, rows._replace(mismatched=None))
+  assert both - one == without // 3 + one - without
 
 
 def test_a_window_s_queries_see_no_further_back(alone):
@@ -287,9 +265,8 @@ def test_packed_rows_compute_what_their_shape_holds(alone, r):
     for p, own in zip(prompt.tolist(), answers.tolist())
     for i, n in enumerate(own)
   )
-  useful = 3 * by_hand(
-    MODEL, int(prompt.sum() + answers.sum()), seen, int(answers.sum())
-  )
+  answered = int(answers.sum())
+  useful = 3 * by_hand(MODEL, int(prompt.sum()) + answered, seen, answered)
   assert useful_of(MODEL, rows) == useful
   assert useful < found
 
@@ -302,15 +279,8 @@ def test_adapters_spare_the_gradients_of_frozen_weights(alone):
   found = counted(alone, m, batch_of(alone, rows, "padded"), "dpo")
   n = BATCH * 2
   d, h, g, c, f = m.width, m.heads, m.kv_heads, m.head_size, m.ff
-  ends = [
-    (d, h * c),
-    (d, g * c),
-    (d, g * c),
-    (h * c, d),
-    (d, f),
-    (d, f),
-    (f, d),
-  ]
+  ends = [(d, h * c), (d, g * c), (d, g * c), (h * c, d)]
+  ends += [(d, f), (d, f), (f, d)]
   small = 2 * m.layers * LENGTH * sum(2 * (i + o) for i, o in ends)
   square = 2 * m.layers * 2 * h * c * LENGTH**2
   formula = cost_of(m, rows)
@@ -333,30 +303,17 @@ def test_the_compiler_counts_as_much(alone, monkeypatch, width):
 
   It also counts what is no product (norms, softmax, rotations): 1 to 2 %.
   """
-  m = MODEL._replace(
-    layers=2,
-    width=width,
-    heads=4,
-    kv_heads=4,
-    head_size=width // 4,
-    ff=3 * width,
-    vocab=1024,
-    context=64,
-  )
+  m = sized(2, width, 4, 4, width // 4, 3 * width, 1024, 64)
   scan = jax.lax.scan
   monkeypatch.setattr(jax.lax, "scan", functools.partial(scan, unroll=True))
   tokens = jax.ShapeDtypeStruct(
-    (1, 2, 64), jnp.int32, sharding=sharding.named(alone, "batch")
+    (1, 2, 64), jnp.int32, sharding=sharding.named_sharding(alone, "batch")
   )
 
   def loss(params, tokens):
     out = PRODUCERS["plain"](m, 0)(params, tokens, tokens > 0)
     return jnp.sum(out.sum)
 
-  cost = (
-    jax.jit(jax.grad(loss))
-    .lower(decoder.abstract(m, alone), tokens)
-    .compile()
-    .cost_analysis()
-  )
+  lowered = jax.jit(jax.grad(loss)).lower(decoder.abstract(m, alone), tokens)
+  cost = lowered.compile().cost_analysis()
   assert 3 * 2 * decoder_flops(m, 64) == pytest.approx(cost["flops"], rel=0.03)

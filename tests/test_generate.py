@@ -12,64 +12,42 @@ def run(*flags):
   return generate.main(["generate", *flags])
 
 
+def answers(tmp_path, *flags):
+  out = tmp_path / "answers.jsonl"
+  assert run(*flags, f"--output={out}", "--tile=1") == 0
+  return [json.loads(line) for line in out.read_text().splitlines()]
+
+
 @pytest.fixture
 def stories(shared):
   return f"--checkpoint={shared / 'models/stories260K'}"
 
 
-def test_the_published_story_is_told(stories, shared, tmp_path):
-  out = tmp_path / "out.jsonl"
-  assert (
-    run(
-      stories,
-      "--prompt=",
-      "--temperature=0",
-      "--new_tokens=256",
-      "--fsdp=2",
-      "--tensor=4",
-      "--tile=1",
-      f"--output={out}",
-    )
-    == 0
-  )
-  row = json.loads(out.read_text())
+ON_8, ON_4X2 = ("--fsdp=8",), ("--fsdp=2", "--tensor=4")
+SHORT = ("--new_tokens=12", *ON_8)
+
+
+def test_the_published_story(stories, shared, tmp_path):
+  flags = ("--prompt=", "--temperature=0", "--new_tokens=256", *ON_4X2)
+  (row,) = answers(tmp_path, stories, *flags)
   wanted = shared / "models/stories260K/greedy_257_tokens.txt"
   assert row["answer"] == " " + wanted.read_text()  # as after a prompt
   assert (row["tokens"], row["ended"]) == (256, False)
 
 
 def test_a_file_of_prompts_and_one_answer_a_prompt(stories, tmp_path, capsys):
-  rows = tmp_path / "in.jsonl"
+  rows, lines = tmp_path / "in.jsonl", tmp_path / "in.txt"
   rows.write_text(
     '{"prompt": "One day"}\n\n{"messages": [{"role": "user", '
     '"content": "Lily"}]}\n'
   )
-  lines = tmp_path / "in.txt"
   lines.write_text("One day\n\nLily\n")
-  said = []
-  for source, mesh in (
-    (rows, ("--fsdp=8",)),
-    (lines, ("--fsdp=2", "--tensor=4")),
-  ):
-    out = tmp_path / f"{source.name}.out"
-    assert (
-      run(
-        stories,
-        f"--input={source}",
-        f"--output={out}",
-        "--tile=1",
-        "--new_tokens=12",
-        "--top_k=40",
-        "--top_p=0.9",
-        *mesh,
-      )
-      == 0
-    )
-    said.append(
-      [json.loads(line)["answer"] for line in out.read_text().splitlines()]
-    )
-  assert said[0] == said[1] and len(said[0]) == 2
-  assert said[0][0] != said[0][1]
+  flags = (stories, "--new_tokens=12", "--top_k=40", "--top_p=0.9")
+  of_rows = answers(tmp_path, f"--input={rows}", *flags, *ON_8)
+  of_lines = answers(tmp_path, f"--input={lines}", *flags, *ON_4X2)
+  texts = [row["answer"] for row in of_rows]
+  assert texts == [row["answer"] for row in of_lines]
+  assert len(texts) == 2 and texts[0] != texts[1]
   assert "2 answers" in capsys.readouterr().out
 
 
@@ -88,8 +66,8 @@ def test_a_file_of_prompts_and_one_answer_a_prompt(stories, tmp_path, capsys):
 )
 def test_a_wrong_flag_is_one_line(flags, code, words, capsys):
   assert run(*flags) == code
-  said = capsys.readouterr().err
-  assert words in said and said.count("\n") == 1
+  text = capsys.readouterr().err
+  assert words in text and text.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -120,33 +98,22 @@ def test_a_bad_line_is_named(stories, tmp_path, line, words, capsys):
   source = tmp_path / "in.jsonl"
   source.write_text('{"prompt": "a"}\n' + line + "\n")
   assert run(stories, f"--input={source}") == 65
-  said = capsys.readouterr().err
-  assert words in said and "in.jsonl" in said
-
-
-def answers(tmp_path, *flags):
-  out = tmp_path / "said.jsonl"
-  assert (
-    run(*flags, f"--output={out}", "--tile=1", "--new_tokens=12", "--fsdp=8")
-    == 0
-  )
-  return [json.loads(line) for line in out.read_text().splitlines()]
+  text = capsys.readouterr().err
+  assert words in text and "in.jsonl" in text
 
 
 def test_several_answers_to_a_prompt_are_those_of_its_copies(stories, tmp_path):
-  rows = answers(
-    tmp_path, stories, "--prompt=One day", "--prompt=Lily", "--answers=3"
-  )
-  copies = answers(
-    tmp_path, stories, *["--prompt=One day"] * 3, *["--prompt=Lily"] * 3
-  )
+  prompts = ("--prompt=One day", "--prompt=Lily")
+  rows = answers(tmp_path, stories, *SHORT, *prompts, "--answers=3")
+  copies = [prompt for prompt in prompts for _ in range(3)]
+  copies = answers(tmp_path, stories, *SHORT, *copies)
   assert [r["sample"] for r in rows] == [0, 1, 2, 0, 1, 2]
   assert [r["answer"] for r in rows] == [r["answer"] for r in copies]
   assert len({r["answer"] for r in rows}) == 6
   assert all("sample" not in r for r in copies)
 
 
-def test_the_template_is_the_tokenizers_own_unless_told(shared, tmp_path):
+def test_the_template_is_the_tokenizers_own_by_default(shared, tmp_path):
   folder = tmp_path / "model"
   shutil.copytree(shared / "models/stories260K", folder)
   (folder / "chat_template.jinja").write_text(
@@ -154,14 +121,11 @@ def test_the_template_is_the_tokenizers_own_unless_told(shared, tmp_path):
     " }}{{ eos_token if m['role'] == 'assistant' else '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
   )
-  ask = lambda *flags: answers(
-    tmp_path, f"--checkpoint={folder}", "--temperature=0", *flags
-  )[0]["answer"]
-  asked = ask("--prompt=Lily")
-  assert asked == ask(
-    f"--template={folder}/chat_template.jinja", "--prompt=Lily"
-  )
-  assert asked != ask("--template=none", "--prompt=Lily")
+  greedy = (f"--checkpoint={folder}", "--temperature=0", "--prompt=Lily")
+  answer = lambda *more: answers(tmp_path, *SHORT, *greedy, *more)[0]["answer"]
+  own = answer()
+  assert own == answer(f"--template={folder}/chat_template.jinja")
+  assert own != answer("--template=none")
 
 
 def test_a_prompt_that_does_not_fit_is_named(stories, capsys):

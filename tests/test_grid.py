@@ -28,23 +28,14 @@ def flags(folder, *more):
 def test_the_command_of_a_job(tmp_path):
   values, passed = grid.parse_grid(flags(tmp_path, "--config.train.epochs=1"))
   cells = grid.cells_of(values)
-  assert [(c.world, c.seed) for c in cells] == [
-    ("natural", 3),
-    ("junk", 3),
-    ("natural", 4),
-    ("junk", 4),
-  ]
+  pairs = [("natural", 3), ("junk", 3), ("natural", 4), ("junk", 4)]
+  assert cells == pairs
   first, second = (grid.command_of(values, passed, c) for c in cells[:2])
   assert first[4].endswith("compare.py:tiny")
   assert second[4].endswith("compare.py:tiny,junk")
-  for flag in (
-    "--config.seeds=1",
-    "--config.seed=3",
-    "--config.data.seed=3",
-    "--config.train.epochs=1",
-    f"--workdir={tmp_path}/junk/seed3",
-  ):
-    assert flag in second
+  own = "seeds=1 seed=3 data.seed=3 train.epochs=1".split()
+  wanted = [f"--config.{knob}" for knob in own]
+  assert {*wanted, f"--workdir={tmp_path}/junk/seed3"} <= {*second}
 
 
 @pytest.mark.parametrize(
@@ -64,27 +55,24 @@ def test_wrong_flags(tmp_path, capsys, change, said):
 
 def job(folder, cell, arms, start=0.25):
   """Writes what a finished job leaves, as far as a grid reads it."""
-  out = dict(
-    arms=[
-      dict(
-        name=f"{label}-seed{cell.seed}",
-        seed=cell.seed,
-        rows=40,
-        sampler=label.rpartition("-")[0],
-        budget=0.1,
-        is_all=False,
-        metrics=dict(
-          win_vs_target=dict(value=v, n=200), malformed=dict(value=0.0)
-        ),
-      )
-      for label, v in arms.items()
-    ],
-    ledger=dict(
-      arms={f"{label}-seed{cell.seed}": dict(total=20) for label in arms},
-      everything=100,
-    ),
-    baseline=dict(win_vs_target=dict(value=start)),
-  )
+  names = {label: f"{label}-seed{cell.seed}" for label in arms}
+  rows = [
+    dict(
+      name=names[label],
+      seed=cell.seed,
+      rows=40,
+      sampler=label.rpartition("-")[0],
+      budget=0.1,
+      is_all=False,
+      metrics=dict(
+        win_vs_target=dict(value=v, n=200), malformed=dict(value=0.0)
+      ),
+    )
+    for label, v in arms.items()
+  ]
+  totals = {name: dict(total=20) for name in names.values()}
+  out = dict(arms=rows, ledger=dict(arms=totals, everything=100))
+  out["baseline"] = dict(win_vs_target=dict(value=start))
   at = folder / cell.folder
   at.mkdir(parents=True)
   (at / "summary.json").write_text(json.dumps(out))
@@ -153,12 +141,13 @@ def test_intervals_cover_and_planted_differences_are_found(seeds, effect):
     a, b = (
       rng.binomial(500, np.clip(r, 0, 1)) / 500 for r in (rate + own, rate)
     )
-    as_arm = lambda name, v: equivalence.ArmOutcomes(
-      name, range(seeds), range(500), np.repeat(v[:, None], 500, axis=1)
+    arms = tuple(
+      equivalence.ArmOutcomes(
+        name, range(seeds), range(500), np.repeat(v[:, None], 500, axis=1)
+      )
+      for name, v in (("a", a), ("b", b))
     )
-    (one,) = equivalence.compare_arms(
-      [(as_arm("a", a), as_arm("b", b))], nested=True
-    )
+    (one,) = equivalence.compare_arms([arms], nested=True)
     d = one["difference"]
     covered.append(d["low"] <= effect <= d["high"])
     verdicts.append(one["verdict"])
@@ -175,22 +164,15 @@ def test_faults_are_wrong_labels_and_junk():
     jobs.common.base("tiny").data.world.to_dict(), 0
   )
   rows = [dict(r) for r in world_lib.generate_rows(world, 0)["pool"][:40]]
+  value = lambda row, side: world_lib.reward(world, row["prompt"], row[side])
+  gain = lambda row: value(row, "chosen") - value(row, "rejected")
+  turn = lambda row: row.update(chosen=row["rejected"], rejected=row["chosen"])
   for row in rows:  # all right
-    a, b = (
-      world_lib.reward(world, row["prompt"], row[s])
-      for s in ("chosen", "rejected")
-    )
-    if a < b:
-      row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
+    if gain(row) < 0:
+      turn(row)
   assert world_lib.faults(world, rows) == dict(wrong=0.0, junk=0.0)
-  differ = [
-    r
-    for r in rows
-    if world_lib.reward(world, r["prompt"], r["chosen"])
-    > world_lib.reward(world, r["prompt"], r["rejected"])
-  ]
-  one = differ[0]
-  one["chosen"], one["rejected"] = one["rejected"], one["chosen"]
+  differ = [r for r in rows if gain(r) > 0]
+  turn(differ[0])
   differ[1].update(chosen="x", rejected="y")
   assert world_lib.faults(world, rows) == dict(wrong=1 / 40, junk=1 / 40)
 

@@ -8,10 +8,13 @@ import subprocess
 import sys
 import threading
 
+from conftest import ROOT
+from etils import epath
 import pytest
 
 from jaxalign.core import hub
 from jaxalign.core.errors import ConfigError
+from jaxalign.model import safetensors_io
 
 pytest.importorskip("huggingface_hub")
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -27,50 +30,47 @@ FILES = {  # of owner/model
 }
 SETTINGS = {"config.json", "tokenizer.model", "chat_template.jinja"}
 SECRET = "hf_SecretOfThisTest"
+JSON = {"Content-Type": "application/json"}
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-  """The few answers of the Hub that a download asks for."""
+  """The few replies of the Hub that a download needs."""
 
   def do_HEAD(self):
     self.do_GET()
 
   def do_GET(self):
-    self.server.asked.append((self.path, self.headers.get("authorization")))
-    path = self.path.split("?")[0]
-    gated = "/owner/gated" in path and (
-      self.headers.get("authorization") != f"Bearer {SECRET}"
-    )
+    token = self.headers.get("authorization")
+    self.server.seen.append((self.path, token))
+    path, files = self.path.split("?")[0], self.server.files
+    error = lambda code, name: self.reply(code, b"{}", {"X-Error-Code": name})
+    if "/owner/gated" in path and token != f"Bearer {SECRET}":
+      return error(403, "GatedRepo")
     name = "owner/gated" if "/owner/gated" in path else "owner/model"
-    if gated:
-      return self.answer(403, b"{}", {"X-Error-Code": "GatedRepo"})
     if name not in path:
-      return self.answer(401, b"{}", {"X-Error-Code": "RepoNotFound"})
+      return error(401, "RepoNotFound")
+    numbered = {n: f"{i:040x}" for i, n in enumerate(files)}
     if path.startswith(f"/api/models/{name}/tree/"):
-      tree = [
-        dict(type="file", path=n, size=len(data), oid=f"{i:040x}")
-        for i, (n, data) in enumerate(self.server.files.items())
-      ]
-      return self.answer(200, json.dumps(tree).encode())
+      row = lambda n: dict(type="file", path=n, size=len(files[n]))
+      tree = [row(n) | dict(oid=oid) for n, oid in numbered.items()]
+      return self.reply(200, json.dumps(tree).encode())
     if path.startswith(f"/api/models/{name}"):
       if path.endswith("/revision/gone"):
-        return self.answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
-      siblings = [dict(rfilename=n) for n in self.server.files]
+        return error(404, "RevisionNotFound")
+      siblings = [dict(rfilename=n) for n in files]
       about = dict(id=name, sha=SHA, siblings=siblings)
-      return self.answer(200, json.dumps(about).encode())
+      return self.reply(200, json.dumps(about).encode())
     file = path.split(f"/resolve/{SHA}/")[-1]
-    if file in self.server.files:
-      i = list(self.server.files).index(file)
-      headers = {"ETag": f'"{i:040x}"', "X-Repo-Commit": SHA}
-      return self.answer(200, self.server.files[file], headers)
-    return self.answer(404, b"{}", {"X-Error-Code": "EntryNotFound"})
+    if file not in files:
+      return error(404, "EntryNotFound")
+    headers = {"ETag": f'"{numbered[file]}"', "X-Repo-Commit": SHA}
+    return self.reply(200, files[file], headers)
 
-  def answer(self, code, body, headers=()):
+  def reply(self, code, body, headers=()):
     self.send_response(code)
-    for name, value in dict(headers).items():
+    sized = {"Content-Length": str(len(body))}
+    for name, value in {**dict(headers), **JSON, **sized}.items():
       self.send_header(name, value)
-    self.send_header("Content-Type", "application/json")
-    self.send_header("Content-Length", str(len(body)))
     self.end_headers()
     if self.command == "GET":
       self.wfile.write(body)
@@ -82,14 +82,14 @@ class Hub(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
   found = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-  found.asked, found.files = [], FILES
+  found.seen, found.files = [], FILES
   threading.Thread(target=found.serve_forever, daemon=True).start()
   yield found
   found.shutdown()
   found.server_close()
 
 
-ASK = """
+CALL = """
 import sys
 from jaxalign.core.errors import ConfigError
 from jaxalign.core import hub
@@ -101,9 +101,9 @@ except ConfigError as error:
 """
 
 
-def ask(cache, server, function, *names, **env):
-  """What the function says in a process of its own, where the Hub is ours."""
-  ended = python(cache, server, "-c", ASK, function, *names, **env)
+def call(cache, server, function, *names, **env):
+  """What the function prints in a process of its own, where the Hub is ours."""
+  ended = python(cache, server, "-c", CALL, function, *names, **env)
   assert ended.returncode == 0, ended.stderr
   return ended.stdout.strip()
 
@@ -128,71 +128,64 @@ def python(cache, server, *arguments, **env):
     text=True,
     capture_output=True,
     timeout=300,
-    cwd=pathlib.Path(__file__).parent.parent,
+    cwd=ROOT,
   )
 
 
 def test_a_repository_is_fetched_once_without_its_pickles(tmp_path, server):
-  folder = pathlib.Path(ask(tmp_path, server, "resolve", "hf:owner/model"))
+  folder = pathlib.Path(call(tmp_path, server, "resolve", "hf:owner/model"))
   wanted = SETTINGS | {"model.safetensors"}
   assert {p.name for p in folder.rglob("*") if p.is_file()} == wanted
   for name in wanted:
     assert (folder / name).read_bytes() == FILES[name]
   assert folder.name == SHA
-  fetched = [path for path, _ in server.asked if "/resolve/" in path]
+  fetched = [path for path, _ in server.seen if "/resolve/" in path]
   assert not any("bin" in path or ".py" in path for path in fetched)
   # Now without the Hub; and the same by its revision.
-  assert (
-    ask(
-      tmp_path,
-      None,
-      "resolve",
-      "hf:owner/model",
-      f"hf:owner/model@{SHA}",
-      HF_HUB_OFFLINE="1",
-    ).split()
-    == [str(folder)] * 2
-  )
+  names = "hf:owner/model", f"hf:owner/model@{SHA}"
+  again = call(tmp_path, None, "resolve", *names, HF_HUB_OFFLINE="1")
+  assert again.split() == [str(folder)] * 2
   # What was fetched passes the check of links.
-  from etils import epath
-
-  from jaxalign.model import safetensors_io
-
   assert safetensors_io.Checkpoint(epath.Path(folder)).tensors == {}
 
 
 def test_settings_come_without_weights(tmp_path, server):
-  folder = pathlib.Path(
-    ask(tmp_path, server, "resolve_settings", "hf:owner/model@main")
-  )
+  name = "hf:owner/model@main"
+  folder = pathlib.Path(call(tmp_path, server, "resolve_settings", name))
   assert {p.name for p in folder.iterdir()} == SETTINGS
-  assert "is not whole in the local cache, and HF_HUB_OFFLINE is set" in ask(
-    tmp_path, None, "resolve", "hf:owner/model", HF_HUB_OFFLINE="1"
-  )
+  words = "is not whole in the local cache, and HF_HUB_OFFLINE is set"
+  name = "hf:owner/model"
+  assert words in call(tmp_path, None, "resolve", name, HF_HUB_OFFLINE="1")
 
 
 def test_a_token_is_sent_and_never_stored(tmp_path, server):
-  said = ask(tmp_path, server, "resolve", "hf:owner/gated")
-  assert said.startswith("ConfigError: hf:owner/gated is gated: accept")
-  assert "HF_TOKEN" in said
-  assert {token for _, token in server.asked} == {None}
-  said = ask(tmp_path, server, "resolve", "hf:owner/gated", HF_TOKEN=SECRET)
-  assert (pathlib.Path(said) / "config.json").exists()
-  assert (f"Bearer {SECRET}") in {token for _, token in server.asked}
+  error = call(tmp_path, server, "resolve", "hf:owner/gated")
+  assert error.startswith("ConfigError: hf:owner/gated is gated: accept")
+  assert "HF_TOKEN" in error
+  assert {token for _, token in server.seen} == {None}
+  folder = call(tmp_path, server, "resolve", "hf:owner/gated", HF_TOKEN=SECRET)
+  assert (pathlib.Path(folder) / "config.json").exists()
+  assert (f"Bearer {SECRET}") in {token for _, token in server.seen}
   for path in tmp_path.rglob("*"):
     if path.is_file():
       assert SECRET.encode() not in path.read_bytes(), path
 
 
-def test_what_cannot_be_had(tmp_path, server):
-  said = ask(tmp_path, server, "resolve", "hf:owner/nothing")
-  assert "hf:owner/nothing is not on the Hub, or is private" in said
-  said = ask(tmp_path, server, "resolve", "hf:owner/model@gone")
-  assert "the repository has no revision 'gone'" in said
-  said = ask(tmp_path, None, "resolve", "hf:owner/model")
-  assert "not whole in the local cache, and the Hub cannot be reached" in said
-  said = ask(tmp_path, None, "resolve", "hf:owner/model", HF_HUB_OFFLINE="1")
-  assert "cache, and HF_HUB_OFFLINE is set; set config.model.checkpoint" in said
+@pytest.mark.parametrize(
+  "name,up,env,words",
+  [
+    ("nothing", True, {}, "nothing is not on the Hub, or is private"),
+    ("model@gone", True, {}, "the repository has no revision 'gone'"),
+    ("model", False, {}, "local cache, and the Hub cannot be reached"),
+    (
+      *("model", False, dict(HF_HUB_OFFLINE="1")),
+      "cache, and HF_HUB_OFFLINE is set; set config.model.checkpoint",
+    ),
+  ],
+)
+def test_what_cannot_be_had(tmp_path, server, name, up, env, words):
+  hub = server if up else None
+  assert words in call(tmp_path, hub, "resolve", f"hf:owner/{name}", **env)
 
 
 NO_NAMES = ["", "a/b/c", "/etc", "../x", "a/b@", "a/b@../x", "a/b@/x", "a b"]
@@ -210,14 +203,10 @@ def test_a_folder_is_itself(tmp_path):
 
 
 def test_an_encoder_comes_with_its_pooling(tmp_path, server):
-  server.files = FILES | {
-    "modules.json": b"[]",
-    "1_Pooling/config.json": b"{}",
-    "2_Normalize/config.json": b"{}",
-  }
-  folder = pathlib.Path(
-    ask(tmp_path, server, "resolve_settings", "hf:owner/model")
-  )
+  more = "1_Pooling/config.json", "2_Normalize/config.json"
+  server.files = FILES | {"modules.json": b"[]", **dict.fromkeys(more, b"{}")}
+  name = "hf:owner/model"
+  folder = pathlib.Path(call(tmp_path, server, "resolve_settings", name))
   assert (folder / "1_Pooling/config.json").exists()
   assert not (folder / "2_Normalize").exists()
 

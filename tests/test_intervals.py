@@ -1,5 +1,6 @@
 """Intervals cover what they claim, and no sentence claims more than they do."""
 
+import functools
 import json
 import re
 
@@ -15,8 +16,8 @@ Z = 1.959963984540054
 def covered(make, truth, n=4000, seed=0):
   """Fraction of `n` simulated intervals that hold the truth."""
   rng = np.random.default_rng(seed)
-  found = [make(rng) for _ in range(n)]
-  return np.mean([f["low"] <= truth <= f["high"] for f in found])
+  drawn = [make(rng) for _ in range(n)]
+  return np.mean([x["low"] <= truth <= x["high"] for x in drawn])
 
 
 def paired(rng, n):
@@ -59,17 +60,17 @@ def test_ties_count_one_half_and_never_narrow_the_interval():
   assert intervals.proportion(np.full(10, 0.5))["value"] == 0.5
 
 
-def ends(found):
-  return [found["low"], found["high"]]
+def ends(got):
+  return [got["low"], got["high"]]
 
 
 def test_wilson_by_hand():
   """8 of 10: (0.8 + z^2/20 +- z sqrt(0.016 + z^2/400)) / (1 + z^2/10)."""
-  found = intervals.proportion(np.repeat([1, 0], [8, 2]))
+  got = intervals.proportion(np.repeat([1, 0], [8, 2]))
   center, half = 0.8 + Z**2 / 20, Z * np.sqrt(0.016 + Z**2 / 400)
-  assert found["n"] == 10 and found["value"] == 0.8
+  assert got["n"] == 10 and got["value"] == 0.8
   wanted = np.array([center - half, center + half]) / (1 + Z**2 / 10)
-  np.testing.assert_allclose(ends(found), wanted, rtol=1e-12)
+  np.testing.assert_allclose(ends(got), wanted, rtol=1e-12)
   # None of 10 and all of 10 still have a width, and stay in [0, 1].
   (low, high), (least, most) = (
     ends(intervals.proportion(np.full(10, x))) for x in (0, 1)
@@ -82,7 +83,7 @@ VALUES, GROUPS = [0.0, 1.0, 1.0, 1.0, 1.0], list("aabbb")
 
 
 @pytest.mark.parametrize(
-  "found,value,half,n",
+  "got,value,half,n",
   [
     (intervals.normal_mean([1.0, 2.0, 6.0]), 3.0, Z * np.sqrt(7 / 3), 3),
     (
@@ -103,25 +104,25 @@ VALUES, GROUPS = [0.0, 1.0, 1.0, 1.0, 1.0], list("aabbb")
     ),
   ],
 )
-def test_means_by_hand(found, value, half, n):
-  assert found["value"] == pytest.approx(value) and found["n"] == n
+def test_means_by_hand(got, value, half, n):
+  assert got["value"] == pytest.approx(value) and got["n"] == n
   wanted = [value - half, value + half]
   if value < 1:
     wanted = np.clip(wanted, 0, 1)
-  np.testing.assert_allclose(ends(found), wanted, rtol=1e-12, atol=1e-15)
+  np.testing.assert_allclose(ends(got), wanted, rtol=1e-12, atol=1e-15)
 
 
 def test_difference_by_hand():
   """Differences 1, 1, 0 with +1 and -1: mean 2/5, variance 4/5 - 4/25."""
-  found = intervals.paired_difference([1, 1, 1], [0, 0, 1])
+  got = intervals.paired_difference([1, 1, 1], [0, 0, 1])
   half = Z * np.sqrt((4 / 5 - 4 / 25) / 5)
-  assert found["value"] == pytest.approx(2 / 3) and found["n"] == 3
-  np.testing.assert_allclose(ends(found), [2 / 5 - half, 1.0], rtol=1e-12)
+  assert got["value"] == pytest.approx(2 / 3) and got["n"] == 3
+  np.testing.assert_allclose(ends(got), [2 / 5 - half, 1.0], rtol=1e-12)
   other = intervals.paired_difference([0, 0, 1], [1, 1, 1])
   np.testing.assert_allclose(ends(other), [-1.0, half - 2 / 5])
-  assert other["value"] == -found["value"]
-  found = intervals.paired_difference([1, 1, 0.5, 1], [0, 1, 0, 0])
-  assert found["value"] == 0.625
+  assert other["value"] == -got["value"]
+  got = intervals.paired_difference([1, 1, 0.5, 1], [0, 1, 0, 0])
+  assert got["value"] == 0.625
   assert intervals.paired_difference([0, 0], [1, 0.5])["value"] == -0.75
 
 
@@ -141,9 +142,9 @@ def test_one_number_has_no_interval(make):
   ],
 )
 def test_nothing_measured_is_none_and_is_json(make):
-  found = make(np.zeros(0))
-  assert found == dict(value=None, low=None, high=None, n=0)
-  json.dumps(found, allow_nan=False)
+  got = make(np.zeros(0))
+  assert got == dict(value=None, low=None, high=None, n=0)
+  json.dumps(got, allow_nan=False)
 
 
 # Sentences.
@@ -153,6 +154,11 @@ def claims(text):
   return bool(re.search(r"\b(better|worse)\b", text))
 
 
+sentence = functools.partial(
+  equivalence.one_seed_sentence, "isa", "all", unit="win rate"
+)
+
+
 def test_a_sentence_says_what_the_interval_says():
   rng = np.random.default_rng(0)
   seen = set()
@@ -160,15 +166,15 @@ def test_a_sentence_says_what_the_interval_says():
     shift, n = rng.normal(0, 0.15), int(rng.integers(2, 200))
     a = np.clip(np.round(rng.random(n) + shift), 0, 1)
     diff = intervals.paired_difference(a, rng.random(n) < 0.5)
-    text = equivalence.one_seed_sentence("isa", "random", diff, "win rate")
-    holds = diff["low"] <= 0 <= diff["high"]
+    text, holds = sentence(diff), diff["low"] <= 0 <= diff["high"]
     assert claims(text) != holds, text
     assert ("No difference shown" in text) == holds
     if claims(text):
       assert ("better" in text) == (diff["value"] > 0)
       assert f"by {abs(100 * diff['value']):.1f} points" in text
-    assert f"n = {n}" in text and "one training seed" in text
-    assert "isa" in text and "random" in text and "95 % interval" in text
+    for words in (f"n = {n}", "one training seed", "95 % interval"):
+      assert words in text
+    assert "isa" in text and "all" in text
     seen.add("No" if holds else "better" if diff["value"] > 0 else "worse")
   assert seen == {"No", "better", "worse"}
 
@@ -184,57 +190,56 @@ def test_a_sentence_says_what_the_interval_says():
 )
 def test_the_ends_of_an_interval_belong_to_it(low, high, words):
   diff = dict(value=0.05 if high > 0 else -0.1, low=low, high=high, n=9)
-  assert equivalence.one_seed_sentence(
-    "isa", "all", diff, "win rate"
-  ).startswith(words)
+  assert sentence(diff).startswith(words)
 
 
 def test_too_little_to_claim_anything():
   """One prompt, or prompts that all agree, have no measured spread."""
-  assert "not measured" in equivalence.one_seed_sentence(
-    "isa", "all", intervals.paired_difference([], []), "win rate"
-  )
+  assert "not measured" in sentence(intervals.paired_difference([], []))
   for n in (1, 2, 3):
     diff = intervals.paired_difference(np.ones(n), np.zeros(n))
-    assert not claims(
-      equivalence.one_seed_sentence("isa", "all", diff, "win rate")
-    ), n
+    assert not claims(sentence(diff)), n
     json.dumps(diff, allow_nan=False)
 
 
 def test_many_that_all_agree_may_be_claimed():
   diff = intervals.paired_difference(np.ones(200), np.zeros(200))
   assert diff["low"] < diff["value"] or diff["high"] > diff["value"]
-  assert claims(equivalence.one_seed_sentence("isa", "all", diff, "win rate"))
+  assert claims(sentence(diff))
 
 
 # Held-out measures.
 
 
-def test_accuracy_leaves_ties_out_and_counts_them():
-  policy = np.array([[-1.0, -4.0], [-2.0, -2.0], [-5.0, -3.0], [-1.0, -1.0]])
-  ref = np.array([[-2.0, -2.0], [-2.0, -2.0], [-4.0, -4.0], [-1.0, -1.0]])
-  found = held_out.accuracy(policy, ref)
-  assert (found["value"], found["n"], found["ties"]) == (0.5, 2, 0.5)
-  start = held_out.accuracy(ref, ref)
-  assert (start["value"], start["n"], start["ties"]) == (None, 0, 1.0)
-  # The reference likes the chosen answer still better: the reward does not.
-  found = held_out.accuracy([[-1.0, -4.0]] * 3, [[-2.0, -9.0]] * 3)
-  assert (found["value"], found["n"], found["ties"]) == (0.0, 3, 0.0)
+@pytest.mark.parametrize(
+  "policy,ref,value,n,ties",
+  [
+    (
+      [[-1.0, -4.0], [-2.0, -2.0], [-5.0, -3.0], [-1.0, -1.0]],
+      [[-2.0, -2.0], [-2.0, -2.0], [-4.0, -4.0], [-1.0, -1.0]],
+      *(0.5, 2, 0.5),
+    ),
+    ([[-2.0, -2.0]] * 4, [[-2.0, -2.0]] * 4, None, 0, 1.0),
+    # The reference likes the chosen answer still better: the reward does not.
+    ([[-1.0, -4.0]] * 3, [[-2.0, -9.0]] * 3, 0.0, 3, 0.0),
+  ],
+)
+def test_accuracy_leaves_ties_out_and_counts_them(policy, ref, value, n, ties):
+  out = held_out.accuracy(policy, ref)
+  assert (out["value"], out["n"], out["ties"]) == (value, n, ties)
 
 
 def test_likelihood_accuracy_is_per_token_and_without_reference():
   """-6 over 3 tokens beats -5 over 1; a tie is left out."""
-  found = held_out.likelihood_accuracy(
-    [[-6.0, -5.0], [-5.0, -6.0], [-2.0, -4.0]],
-    [[3.0, 1.0], [1.0, 3.0], [1.0, 2.0]],
-  )
-  assert (found["value"], found["n"]) == (0.5, 2)
+  policy = [[-6.0, -5.0], [-5.0, -6.0], [-2.0, -4.0]]
+  count = [[3.0, 1.0], [1.0, 3.0], [1.0, 2.0]]
+  out = held_out.likelihood_accuracy(policy, count)
+  assert (out["value"], out["n"]) == (0.5, 2)
 
 
 def test_sampled_kl_is_policy_minus_reference():
-  found = held_out.sampled_kl(np.array([-1.0, -2.0]), np.array([-4.0, -3.0]))
-  assert found["value"] == 2.0 and found["n"] == 2
+  got = held_out.sampled_kl(np.array([-1.0, -2.0]), np.array([-4.0, -3.0]))
+  assert got["value"] == 2.0 and got["n"] == 2
 
 
 # Over seeds.
@@ -255,10 +260,9 @@ def test_student_covers_95_percent_where_a_bootstrap_does_not(seeds):
 
 
 def two_way(rng, s, p, seed_sd, prompt_sd):
-  """Won or not: luck of the seed, hardness of the prompt, chance."""
-  chance = (
-    0.5 + rng.normal(0, seed_sd, (s, 1)) + rng.normal(0, prompt_sd, (1, p))
-  )
+  """Win or loss: luck of the seed, hardness of the prompt, chance."""
+  luck = rng.normal(0, seed_sd, (s, 1))
+  chance = 0.5 + luck + rng.normal(0, prompt_sd, (1, p))
   return (rng.random((s, p)) < chance).astype(float)
 
 
@@ -291,35 +295,37 @@ def test_seeds_alone_do_not_cover():
 def test_spread_by_hand():
   """Two seeds, three prompts, worked as a two-way table of variance."""
   v = np.array([[1.0, 0.0, 1.0], [0.5, 0.0, 0.0]])
-  found = intervals.two_way_spread(v)
   rows, columns, m = [2 / 3, 1 / 6], [0.75, 0, 0.5], 2.5 / 6
   ms_s = 3 * sum((r - m) ** 2 for r in rows) / 1
   ms_p = 2 * sum((c - m) ** 2 for c in columns) / 2
   rest = v - np.array(rows)[:, None] - np.array(columns) + m
   ms_e = (rest**2).sum() / 2
+  total = ms_s + ms_p - ms_e
   assert ms_s > ms_e and ms_p > ms_e
-  assert found.value == pytest.approx(m)
-  assert found.noise == pytest.approx(ms_e)
-  assert found.seeds == pytest.approx((ms_s - ms_e) / 3)
-  assert found.prompts == pytest.approx((ms_p - ms_e) / 2)
-  assert found.error == pytest.approx(np.sqrt((ms_s + ms_p - ms_e) / 6))
-  assert found.freedom == pytest.approx(
-    (ms_s + ms_p - ms_e) ** 2 / (ms_s**2 + ms_p**2 / 2 + ms_e**2 / 2)
+  freedom = total**2 / (ms_s**2 + ms_p**2 / 2 + ms_e**2 / 2)
+  wanted = intervals.Spread(
+    m,
+    np.sqrt(total / 6),
+    freedom,
+    seeds=(ms_s - ms_e) / 3,
+    prompts=(ms_p - ms_e) / 2,
+    noise=ms_e,
   )
+  assert intervals.two_way_spread(v) == pytest.approx(wanted)
 
 
-def test_the_prompts_part_is_that_of_a_bootstrap():
+def test_the_variance_of_prompts_is_that_of_a_bootstrap():
   """Prompts drawn again, the seeds kept: (MS_p - noise + noise) / (S P)."""
   rng = np.random.default_rng(0)
   v = two_way(rng, 6, 300, 0.05, 0.2)
   drawn = [v[:, rng.integers(0, 300, 300)].mean() for _ in range(4000)]
-  found = intervals.two_way_spread(v)
+  got = intervals.two_way_spread(v)
   assert np.var(drawn) == pytest.approx(
-    (found.prompts + found.noise / 6) / 300, rel=0.1
+    (got.prompts + got.noise / 6) / 300, rel=0.1
   )
 
 
 def test_crossed_of_one_seed_has_no_interval():
-  found = intervals.crossed_mean(np.array([[1.0, 0.0]]))
-  assert found == dict(value=0.5, low=None, high=None, n=1, prompts=2)
+  got = intervals.crossed_mean(np.array([[1.0, 0.0]]))
+  assert got == dict(value=0.5, low=None, high=None, n=1, prompts=2)
   json.dumps(intervals.crossed_mean(np.ones((3, 4))), allow_nan=False)

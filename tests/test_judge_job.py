@@ -269,7 +269,8 @@ def test_no_judge_is_a_choice_too(tmp_path):
 def test_a_reward_model_judges_as_transformers_has_it(tmp_path):
   torch = pytest.importorskip("torch")
   pytest.importorskip("transformers")
-  from test_reward_model import joining, save
+  from models import joining
+  from test_reward_model import save
   import tokenizers
 
   work = answering(tmp_path)
@@ -376,19 +377,19 @@ def test_arms_on_different_prompts_are_refused(tmp_path):
 def test_seeds_are_compared_where_every_verdict_was_read():
   """By NumPy, of outcomes with holes; a hole is no tie and no loss."""
   rng = np.random.default_rng(0)
-  won = {
+  wins = {
     f"{s}-0.1-seed{k}": rng.choice([0.0, 0.5, 1.0], 200)
     for s in ("isa", "random")
     for k in range(5)
   }
-  for x in won.values():
+  for x in wins.values():
     x[rng.random(200) < 0.02] = np.nan
-  told = Outcomes(
-    "win_vs_target", "win rate", [str(i) for i in range(200)], won
+  outcomes = Outcomes(
+    "win_vs_target", "win rate", [str(i) for i in range(200)], wins
   )
   arms = [Arm(s, 0.1, k) for s in ("isa", "random") for k in range(5)]
-  (one,) = verdicts(told, grouped(arms), "isa", "")[0]
-  both = np.stack([won[a.name] for a in arms])
+  (one,) = verdicts(outcomes, grouped(arms), "isa", "")[0]
+  both = np.stack([wins[a.name] for a in arms])
   read = ~np.isnan(both).any(axis=0)
   assert 100 < read.sum() < 200
   assert one["difference"]["prompts"] == read.sum()

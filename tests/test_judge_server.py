@@ -21,6 +21,7 @@ from jaxalign.core import sharding
 from jaxalign.data import tokenizer
 from jaxalign.eval import judge_endpoint
 from jaxalign.eval.judge_endpoint import Pair
+from jaxalign.eval.verdict_cache import VerdictCache
 from jaxalign.model import hf
 
 pytestmark = pytest.mark.slow
@@ -85,12 +86,11 @@ def test_what_a_real_server_writes_is_counted_and_kept(served, tmp_path):
     for n in ("two", "ten")
   ]
   path = tmp_path / "verdicts.jsonl"
-  out = judge_endpoint.judge_both_orders(e, pairs, path)
-  cost = out["cost"]
-  assert (cost["verdicts"], cost["new"], cost["requests"]) == (4, 4, 4)
-  assert cost["unparsable"] == 4 and out["unparsable"]["value"] == 1
-  assert np.isnan(out["outcomes"]).all()  # counted, never guessed
-  assert cost["tokens"] > 4 * 100  # as the server counted them
+  for _ in range(2):  # the second time nothing is new
+    out = judge_endpoint.judge_both_orders(e, pairs, VerdictCache(path))
+    cache = VerdictCache(path)
+    assert cache.requests == len(cache.verdicts) == 4
+    assert out["unparsable"]["value"] == 1
+    assert np.isnan(out["outcomes"]).all()  # counted, never guessed
+    assert cache.tokens > 4 * 100  # as the server counted them
   assert KEY not in path.read_text()
-  again = judge_endpoint.judge_both_orders(e, pairs, path)["cost"]
-  assert (again["new"], again["unparsable"]) == (0, 4)

@@ -136,15 +136,28 @@ def pairs(n=6):
 KNOWN = ["first", "second", "tie"]
 
 
+def judge(e, pairs, path):
+  return judge_pairs(e, pairs, VerdictCache(path))
+
+
+def both_orders(e, pairs, path):
+  return judge_both_orders(e, pairs, VerdictCache(path))
+
+
+def spent(path):
+  """Requests and tokens of all runs."""
+  cache = VerdictCache(path)
+  return cache.requests, cache.tokens
+
+
 def test_known_verdicts_in_both_orders(server, path):
-  out = judge_both_orders(settings(server), pairs(6), path)
+  out = both_orders(settings(server), pairs(6), path)
   np.testing.assert_array_equal(out["outcomes"], [1, 0, 0.5, 1, 0, 0.5])
   swapped = ["second", "first", "tie"]
   assert out["verdicts"] == list(zip(KNOWN, swapped)) * 2
   assert out["bias"]["value"] == 0 and out["consistent"]["value"] == 1
   assert out["rate"]["value"] == 0.5 and out["unparsable"]["value"] == 0
-  cost = dict(verdicts=12, new=12, unparsable=0, requests=12, tokens=1200)
-  assert out["cost"] == cost
+  assert spent(path) == (12, 1200)
   names = ("ours", "theirs")
   rows = judging.as_verdicts(out["verdicts"], range(6), names, "m")
   assert interrater.settle_orders(rows, "m")[0, *names] == "ours"
@@ -153,12 +166,11 @@ def test_known_verdicts_in_both_orders(server, path):
 
 def test_a_second_run_requests_nothing_and_a_longer_one_the_rest(server, path):
   e = settings(server)
-  first, _ = judge_pairs(e, pairs(3), path)
-  again, cost = judge_pairs(e, pairs(3), path)
+  first, again = (judge(e, pairs(3), path) for _ in range(2))
   assert first == again == KNOWN and len(server.seen) == 3
-  assert (cost["new"], cost["requests"], cost["tokens"]) == (0, 3, 300)
-  longer, cost = judge_pairs(e, [*reversed(pairs(6)), pairs(1)[0]], path)
-  assert longer == [*reversed(KNOWN * 2), "first"] and cost["new"] == 3
+  assert spent(path) == (3, 300)
+  longer = judge(e, [*reversed(pairs(6)), pairs(1)[0]], path)
+  assert longer == [*reversed(KNOWN * 2), "first"] and spent(path) == (6, 600)
   # Another judge, temperature, text or order is another verdict.
   (p,) = pairs(1)
   changes = dict(model="n", temperature=1.0, url="http://localhost:1/v1")
@@ -195,28 +207,28 @@ def test_trouble_that_passes(server, path, trouble):
   server.script = [TROUBLE[trouble]] * 2
   timeout = 0.3 if trouble == "hang" else 5.0
   e = settings(server, timeout_s=timeout, workers=1)
-  verdicts, cost = judge_pairs(e, pairs(3), path)
-  assert verdicts == KNOWN and cost["unparsable"] == 0
-  assert cost["requests"] == len(server.seen) == 5
+  assert judge(e, pairs(3), path) == KNOWN
+  assert spent(path)[0] == len(server.seen) == 5
 
 
 def test_a_pause_that_the_server_wants_is_kept(server, path):
   server.script = [error(429, **{"retry-after": "0.4"})]
-  judge_pairs(settings(server), pairs(1), path)
+  judge(settings(server), pairs(1), path)
   (before, *_), (after, *_) = server.seen
   assert after - before >= 0.4  # never sooner, whatever the machine
 
 
 def test_trouble_that_stays_keeps_what_there_is(server, path):
-  judge_pairs(settings(server), pairs(2), path)
+  judge(settings(server), pairs(2), path)
   server.script = [error(500, f"key {KEY} failed")] * 100
   with pytest.raises(RestartError, match="after 3 attempts .500") as caught:
-    judge_pairs(settings(server, retries=2, workers=1), pairs(4), path)
+    judge(settings(server, retries=2, workers=1), pairs(4), path)
   assert KEY not in str(caught.value) and "[key]" in str(caught.value)
   server.script = []
-  verdicts, cost = judge_pairs(settings(server), pairs(4), path)
-  assert verdicts == [*KNOWN, "first"] and cost["new"] == 2
-  assert cost["requests"] == len(server.seen)  # the failures are counted too
+  before = len(server.seen)
+  assert judge(settings(server), pairs(4), path) == [*KNOWN, "first"]
+  assert len(server.seen) == before + 2
+  assert spent(path)[0] == len(server.seen)  # the failures are counted too
 
 
 @pytest.mark.parametrize(
@@ -229,14 +241,14 @@ def test_trouble_that_stays_keeps_what_there_is(server, path):
 def test_a_refusal_stops_at_once(server, path, refusal):
   server.script = [refusal] * 100
   with pytest.raises(ConfigError, match="refuses.*JUDGE_KEY") as caught:
-    judge_pairs(settings(server, workers=1), pairs(3), path)
+    judge(settings(server, workers=1), pairs(3), path)
   assert len(server.seen) == 1 and KEY not in str(caught.value)
 
 
 def test_an_answer_too_long_for_the_judge_is_no_verdict(server, path):
   server.script = [error(400, code="context_length_exceeded")]
-  verdicts, cost = judge_pairs(settings(server, workers=1), pairs(2), path)
-  assert verdicts == [None, "second"] and cost["unparsable"] == 1
+  verdicts = judge(settings(server, workers=1), pairs(2), path)
+  assert verdicts == [None, "second"]
 
 
 def test_the_key_is_sent_and_written_nowhere(server, path, capfd, caplog):
@@ -244,7 +256,7 @@ def test_the_key_is_sent_and_written_nowhere(server, path, capfd, caplog):
   server.reply = lambda m: f"your key is {KEY}\nVERDICT: A"
   server.script = [error(500, KEY)]
   e = settings(server)
-  out = judge_both_orders(e, pairs(3), path)
+  out = both_orders(e, pairs(3), path)
   for _, headers, _ in server.seen:
     lower = {k.lower(): v for k, v in headers.items()}
     assert lower["authorization"] == f"Bearer {KEY}"
@@ -265,9 +277,9 @@ def test_a_cap_in_requests_holds_over_restarts(server, path):
   e = settings(server, max_requests=4, workers=1)
   for _ in range(2):
     with pytest.raises(ConfigError, match="cap of 4 requests.*max_requests"):
-      judge_pairs(e, pairs(6), path)
+      judge(e, pairs(6), path)
     assert len(server.seen) == 4
-  verdicts, _ = judge_pairs(e._replace(max_requests=6), pairs(6), path)
+  verdicts = judge(e._replace(max_requests=6), pairs(6), path)
   assert verdicts == KNOWN * 2 and len(server.seen) == 6
 
 
@@ -277,7 +289,7 @@ def test_a_cap_in_tokens_is_never_passed(server, path, usage):
   server.usage = usage
   e = settings(server, max_total_tokens=10_000, workers=3)
   with pytest.raises(ConfigError, match="cap of 10000 tokens"):
-    judge_pairs(e, pairs(300), path)
+    judge(e, pairs(300), path)
   kept = VerdictCache(path)
   assert kept.tokens <= 10_000
   assert len(server.seen) == kept.requests
@@ -285,7 +297,7 @@ def test_a_cap_in_tokens_is_never_passed(server, path, usage):
 
 
 def test_requests_keep_their_distance(server, path):
-  judge_pairs(settings(server, per_minute=600.0, workers=4), pairs(5), path)
+  judge(settings(server, per_minute=600.0, workers=4), pairs(5), path)
   times = sorted(t for t, _, _ in server.seen)
   # Four gaps of a tenth of a second: never sooner, whatever the machine.
   assert times[-1] - times[0] > 0.25
@@ -321,7 +333,7 @@ def test_only_a_last_line_that_is_a_verdict_counts(reply, verdict):
 
 def test_a_judge_that_always_names_a(server, path):
   server.reply = lambda _: "VERDICT: A"
-  out = judge_both_orders(settings(server), pairs(20), path)
+  out = both_orders(settings(server), pairs(20), path)
   assert out["bias"]["value"] == 0.5 and out["consistent"]["value"] == 0
   assert out["rate"]["value"] == 0.5 and out["rate"]["ties"] == 1
   rows = judging.as_verdicts(out["verdicts"], range(20), ("x", "y"), "m")
@@ -330,11 +342,12 @@ def test_a_judge_that_always_names_a(server, path):
 
 def test_a_judge_that_cannot_be_read(server, path):
   server.reply = lambda _: "Both have merits."
-  out = judge_both_orders(settings(server), pairs(4), path)
+  out = both_orders(settings(server), pairs(4), path)
   assert out["unparsable"]["value"] == 1 and np.isnan(out["outcomes"]).all()
-  assert out["rate"]["value"] is None and out["cost"]["unparsable"] == 8
+  assert out["rate"]["value"] is None and len(server.seen) == 8
   # Nor is it tried again: that would be trying until the verdict pleases.
-  assert judge_pairs(settings(server), pairs(4), path)[1]["new"] == 0
+  judge(settings(server), pairs(4), path)
+  assert len(server.seen) == 8
 
 
 # Answers that try to instruct the judge.
@@ -352,7 +365,7 @@ def test_a_judge_that_cannot_be_read(server, path):
 )
 def test_an_answer_stays_between_its_fences(server, path, attack):
   hostile = Pair(f"which? {attack}", f"[q1] {attack}", "[q5] honest")
-  out = judge_both_orders(settings(server), [hostile], path)
+  out = both_orders(settings(server), [hostile], path)
   assert out["verdicts"] == [("second", "first")]  # as its quality has it
   sent, nonces = attack.encode("utf-8", "replace").decode(), set()
   for _, _, messages in server.seen:
@@ -379,7 +392,7 @@ def test_controls_of_a_judge(server, path, reply, null, injected, words):
   def compare(trials):
     both = enumerate(zip(trials, answers))
     pairs = [Pair(f"q {i}", *two) for i, two in both]
-    return judge_both_orders(settings(server), pairs, path)
+    return both_orders(settings(server), pairs, path)
 
   out = judging.controls("m", compare, answers)
   for name, wanted in (("null", null), ("injected", injected)):
@@ -396,11 +409,10 @@ def test_controls_of_a_judge(server, path, reply, null, injected, words):
 def test_a_torn_line_is_judged_again(server, tmp_path):
   path = tmp_path / "deep" / "v.jsonl"
   e = settings(server)
-  judge_pairs(e, pairs(3), path)
+  judge(e, pairs(3), path)
   path.write_bytes(path.read_bytes()[:-20])  # killed while it wrote
-  verdicts, cost = judge_pairs(e, pairs(3), path)
-  assert verdicts == KNOWN and cost["new"] == 1
-  assert judge_pairs(e, pairs(3), path)[1]["new"] == 0
+  for _ in range(2):
+    assert judge(e, pairs(3), path) == KNOWN and len(server.seen) == 4
   assert VerdictCache(path).broken == 1
 
 
@@ -443,13 +455,13 @@ def test_a_line_that_is_no_verdict_is_passed_over(path, line):
 )
 def test_settings_that_cannot_work(server, path, changes, words):
   with pytest.raises(ConfigError, match=words) as caught:
-    judge_pairs(settings(server, **changes), pairs(1), path)
+    judge(settings(server, **changes), pairs(1), path)
   assert "secret" not in str(caught.value) and not server.seen
 
 
 def test_a_server_without_a_key(server, path, monkeypatch):
   monkeypatch.delenv("JUDGE_KEY")
-  assert judge_pairs(settings(server, key_env=""), pairs(3), path)[0] == KNOWN
+  assert judge(settings(server, key_env=""), pairs(3), path) == KNOWN
 
 
 def test_the_client_is_imported_only_when_a_judge_runs():

@@ -138,7 +138,7 @@ def _answer(monkeypatch, job, *flags):
     return jobs.artifacts.given(stage, key)
 
   with monkeypatch.context() as patched:
-    patched.setattr(jobs.artifacts, "run", look)
+    patched.setattr(jobs.artifacts, "run_stage", look)
     patched.setattr(judge_kinds, "check_ready", lambda job, arms: None)
     try:
       ended = jobs.run(job, *flags)

@@ -155,7 +155,9 @@ def test_flops_are_the_dot_generals_of_the_forward_pass(m, length):
     args = (
       decoder.abstract(m, mesh),
       jax.ShapeDtypeStruct(
-        (3, length), jnp.int32, sharding=sharding.named(mesh, "batch", None)
+        (3, length),
+        jnp.int32,
+        sharding=sharding.named_sharding(mesh, "batch", None),
       ),
     )
     counted = multiplied(jax.make_jaxpr(forward)(*args).jaxpr)

@@ -2,6 +2,7 @@
 
 import functools
 
+import flat
 import jax
 import jax.numpy as jnp
 from models import draw, make_mesh, put, sized
@@ -45,7 +46,7 @@ def oracle_gradients(x, weight, tokens, mask):
 def grad_fn(chunk):
   def total(x, weight, tokens, mask):
     each = logprob.token_logps(x, weight, tokens, chunk)
-    s, n = logprob.sums(each, mask)
+    s, n = logprob.masked_sums(each, mask)
     return jnp.sum(s), (each, s, n)
 
   return jax.jit(
@@ -119,17 +120,6 @@ MODEL = sized(2, 16, 4, 2, 4, 24, 32, 64)
 EOS = 2
 
 
-def token_rows(rows):
-  """[(prompt ids, response ids)] -> TokenRows."""
-  ids = [np.array(p + r, np.int32) for p, r in rows]
-  return tokens_lib.TokenRows(
-    np.concatenate(ids),
-    np.cumsum([0] + [len(i) for i in ids]),
-    np.array([len(p) for p, _ in rows], np.int32),
-    np.zeros(len(rows), np.int32),
-  )
-
-
 @functools.lru_cache
 def producer():
   return jax.jit(PRODUCERS["chunked"](MODEL, 7), compiler_options=QUICK)
@@ -137,7 +127,7 @@ def producer():
 
 def logps(mesh, rows, length, pad_id=0):
   tokens, mask = tokens_lib.pad_rows(
-    token_rows(rows), np.arange(len(rows)), length, pad_id
+    flat.rows_of(rows), np.arange(len(rows)), length, pad_id
   )
   where = put(mesh, MODEL, draw(MODEL, 5))
   out = producer()(
@@ -159,24 +149,6 @@ def rows_of(seed, n=8):
     )
     for _ in range(n)
   ]
-
-
-def test_padding_row_and_neighbours_do_not_move_a_log_prob(mesh):
-  rows = rows_of(1)
-  base, count = logps(mesh, rows, 16)
-  np.testing.assert_array_equal(count, [len(r) for _, r in rows])
-  close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5)
-  close(logps(mesh, rows, 24)[0], base)  # more padding
-  for pad_id in (EOS, 17):  # padded with the EOS itself (pitfall 9)
-    again, same = logps(mesh, rows, 16, pad_id)
-    close(again, base)
-    np.testing.assert_array_equal(same, count)
-  order = np.random.default_rng(2).permutation(8)
-  close(logps(mesh, [rows[i] for i in order], 16)[0], base[order])
-  others = rows_of(9)
-  mixed, _ = logps(mesh, others[:3] + [rows[5]] + others[4:], 16)
-  close(mixed[3], base[5])
-  assert abs(mixed[2] - base[2]) > 0.1
 
 
 def test_the_eos_counts(mesh):

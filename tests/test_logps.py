@@ -51,14 +51,8 @@ def feed_of(mesh, fn, layout, accumulation):
   columns = dict(common_prefix=prefix) if "common_prefix" in fn.extras else {}
   if "weights" in fn.stats:
     columns["weights"] = np.float32(rng.uniform(0.5, 3, n))
-  rows = flat.train_rows(
-    tokens,
-    r,
-    total,
-    np.float32([[len(a) for a in more] for _, *more in pairs]),
-    label=label,
-    columns=columns,
-  )
+  counts = np.float32([[len(a) for a in more] for _, *more in pairs])
+  rows = flat.train_rows(tokens, r, total, counts, label=label, columns=columns)
   batching = feed.Batching(BATCH, SEED, accumulation, 64, layout)
   if "z0" in fn.stats:
     spliced = feed.make_mismatched(rows, batching, 2)
@@ -178,7 +172,7 @@ def test_a_batch_is_a_function_of_its_step():
       assert sorted(np.ravel(a.ref.sum)) == sorted(np.ravel(total))
 
 
-def test_the_start_is_ln_2_in_packed_rows(mesh):
+def test_the_first_loss_is_ln_2_in_packed_rows(mesh):
   """1e-6 nat: the reference is another program, whose sums of up to 40 nats
   are rounded at 1e-5; that is divided by 2 and averaged over 16 pairs."""
   pairs = examples()
@@ -195,7 +189,7 @@ def test_the_start_is_ln_2_in_packed_rows(mesh):
   assert abs(means["rewards/margins"]) < 2e-6
 
 
-def test_what_is_shared_and_padded_is_told():
+def test_what_is_shared_and_padded_is_logged():
   pairs, mesh = examples(), make_mesh(1, 1)
   fn, _ = gradients_of("dpo", "chunked")
   tx = optax.sgd(0.0)
@@ -237,14 +231,10 @@ def test_only_the_plain_head_holds_all_logits(head, layout):
     batching = feed.Batching(BATCH, 0, context=64, layout=layout)
     batch = feed.Feed(mesh, rows, batching).batch_at(0)
     scored = (batch.tokens.target if layout == "packed" else batch.tokens).size
-    gradients = jax.jit(
-      steps.make_gradients(
-        PRODUCERS[head](m, 4), losses.bind(LOSSES["dpo"], "dpo", {})
-      )
-    )
-    text = (
-      gradients.lower(decoder.abstract(m, mesh), batch, {}).compile().as_text()
-    )
+    loss = losses.bind(LOSSES["dpo"], "dpo", {})
+    gradients = jax.jit(steps.make_gradients(PRODUCERS[head](m, 4), loss))
+    lowered = gradients.lower(decoder.abstract(m, mesh), batch, {})
+    text = lowered.compile().as_text()
   sizes = [
     int(np.prod([int(x) for x in dims.split(",")]))
     for dims in re.findall(r"(?:f32|bf16|pred|s32)\[([\d,]+)\]", text)
@@ -294,14 +284,14 @@ def test_packed_flops_are_the_dot_generals():
       decoder.abstract(m, mesh), rows, mask
     )
   _, a, l = rows.copies.token.shape
-  dense, said = rows.tokens.size, rows.target.size
+  dense, answered = rows.tokens.size, rows.target.size
   square = a * (decoder_flops(m, l, 0) - m.layers * layer_flops(m) * l)
-  assert multiplied(jaxpr.jaxpr) == (
-    m.layers * layer_flops(m) * dense + square + 2 * m.width * m.vocab * said
-  )
+  head = 2 * m.width * m.vocab * answered
+  layers = m.layers * layer_flops(m) * dense
+  assert multiplied(jaxpr.jaxpr) == layers + square + head
 
 
-def test_a_peak_is_told_or_known_or_none():
+def test_a_peak_is_known_or_none():
   class Device:
     device_kind = "TPU v5 lite"
 

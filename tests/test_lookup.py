@@ -73,4 +73,4 @@ def test_an_edited_function_from_outside_is_another(tmp_path, monkeypatch):
 
 def test_a_sampler_that_does_not_say_what_it_reads():
   with pytest.raises(ConfigError, match="pool.needs.*config.compare"):
-    chains.named("gate(column=reward) | os.path:join", "compare")
+    chains.find_sampler("gate(column=reward) | os.path:join", "compare")

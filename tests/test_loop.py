@@ -484,7 +484,7 @@ def test_parameters_alone_are_restored_on_another_mesh(golden):
     )
   for n, p in decoder.table(MODEL).items():
     np.testing.assert_array_equal(found[n], state.params[n])
-    assert found[n].sharding == sharding.named(mesh, *p.axes)
+    assert found[n].sharding == sharding.named_sharding(mesh, *p.axes)
 
 
 # A loss with a running mean.

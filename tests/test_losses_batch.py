@@ -417,6 +417,6 @@ def test_a_loss_from_elsewhere_may_declare_less():
   both = combine.weighted_sum(
     [(1.0, "mine", mine), (2.0, "sft", LOSSES["sft"])]
   )
-  assert both.reference  # what is not said to be free of one
+  assert both.reference  # what does not declare itself free of one
   loss, _ = both(as_logps([[-3.0, -1.0]]), None, {})
   np.testing.assert_allclose(loss, [-6.0 + 2 * 0.6], rtol=1e-6)

@@ -1,4 +1,4 @@
-"""What is checked of a mixture: unseen rows, the labels, its summary."""
+"""The checks of a mixture: unseen rows, the labels, its summary."""
 
 import json
 
@@ -24,7 +24,7 @@ def two_clusters(n=600, width=6, apart=6.0, seed=0):
 
 def test_components_against_labels(mesh):
   x, label = two_clusters()
-  fitted = mixture.fit(mesh, x, mixture.MixtureOptions(starts=2))
+  fitted = mixture.fit_mixture(mesh, x, mixture.MixtureOptions(starts=2))
   found = mixture_checks.component_labels(fitted, x, label)
   assert found["accuracy"] > 0.99 and found["nmi"] > 0.95
   assert found["majority"] == 0.5
@@ -50,7 +50,7 @@ def test_held_out_notices_memorised_rows(mesh):
 
 def test_the_summary_of_a_fit_is_json(mesh):
   x, _ = two_clusters(n=80)
-  fitted = mixture.fit(mesh, x, mixture.MixtureOptions(starts=2))
+  fitted = mixture.fit_mixture(mesh, x, mixture.MixtureOptions(starts=2))
   summary = mixture_checks.mixture_summary(fitted)
   got = json.loads(json.dumps(summary, allow_nan=False))
   assert len(got["bounds"]) == 2 and len(got["trace"]) == len(fitted.trace)

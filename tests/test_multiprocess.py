@@ -1,6 +1,5 @@
 """One device, eight, and two processes of four: the same job."""
 
-import json
 import os
 import re
 import signal
@@ -26,14 +25,14 @@ def given():
 
 
 # Every writer's last call; of a store each process writes its own shards.
-NO_WRITES = (
-  "from jaxalign.core import disk\n"
-  "write = disk.write_bytes\n"
-  "def refuse(path, data):\n"
-  "  assert '/store/' in str(path), f'wrote {path}'\n"
-  "  write(path, data)\n"
-  "disk.write_bytes = refuse\n"
-)
+NO_WRITES = """
+from jaxalign.core import disk
+write = disk.write_bytes
+def refuse(path, data):
+  assert '/store/' in str(path), f'wrote {path}'
+  write(path, data)
+disk.write_bytes = refuse
+"""
 
 
 # Notes which rows of the pool's tokens are read at which stage, and which
@@ -72,15 +71,10 @@ atexit.register(lambda: open({path!r}, "w").write(json.dumps([read, whole])))
 def together(given, tmp_path_factory):
   """The workdir of a job of two processes with four devices each."""
   work = tmp_path_factory.mktemp("together") / "work"
-  notes = [
-    NOTES.replace("{path!r}", repr(str(work.parent / f"read{k}")))
-    for k in range(2)
-  ]
-  ended = jobs.together(
-    work,
-    f"model.checkpoint={given}",
-    hooks={0: notes[0], 1: notes[1] + NO_WRITES},
-  )
+  paths = [repr(str(work.parent / f"read{k}")) for k in range(2)]
+  hooks = {k: NOTES.replace("{path!r}", path) for k, path in enumerate(paths)}
+  hooks[1] += NO_WRITES
+  ended = jobs.together(work, f"model.checkpoint={given}", hooks=hooks)
   assert [e.code for e in ended] == [0, 0], ended
   return work, ended
 
@@ -88,24 +82,17 @@ def together(given, tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(given, tmp_path_factory):
   """The same on one device, and on eight."""
-  works = {}
+  works, flag = {}, f"model.checkpoint={given}"
   for devices in (1, 8):
     works[devices] = tmp_path_factory.mktemp(f"alone{devices}") / "work"
-    ended = jobs.wait(
-      jobs.start(
-        works[devices],
-        f"model.checkpoint={given}",
-        env=dict(XLA_FLAGS=emitters.flags(devices)),
-      )
-    )
+    env = dict(XLA_FLAGS=emitters.flags(devices))
+    ended = jobs.wait(jobs.start(works[devices], flag, env=env))
     assert ended.code == 0, ended
   return works
 
 
 def subset(work, arm):
-  return [
-    r["id"] for r in tables.read_table(work / "runs" / arm / "subset.parquet")
-  ]
+  return tables.read_column(work / f"runs/{arm}/subset.parquet", "id")
 
 
 @pytest.mark.parametrize("arm", ARMS)
@@ -140,13 +127,13 @@ def test_training_and_evaluation_are_close(together, alone, arm):
   Four updates from the same weights: losses and gradient norms to 2e-5, the
   final parameters to 2e-5 absolute (learning rate 1e-3), shares to a row.
   """
-  read = lambda work: (
-    jobs.lines(work / "runs" / arm / "metrics.jsonl"),
-    safetensors.numpy.load_file(
-      work / "runs" / arm / "export/model.safetensors"
-    ),
-    json.loads((work / "runs" / arm / "eval.json").read_text()),
-  )
+
+  def read(work):
+    folder = work / "runs" / arm
+    params = safetensors.numpy.load_file(folder / "export/model.safetensors")
+    lines = jobs.lines(folder / "metrics.jsonl")
+    return lines, params, jobs.load(folder / "eval.json")
+
   lines, params, measured = read(together[0])
   for work in alone.values():
     other_lines, other_params, other = read(work)
@@ -154,13 +141,13 @@ def test_training_and_evaluation_are_close(together, alone, arm):
     for a, b in zip(lines, other_lines):
       for name in ("train/loss", "train/grad_norm", "rewards/margins"):
         assert a[name] == pytest.approx(b[name], rel=2e-5, abs=2e-5), name
-    for name in params:
+    for name, x in params.items():
       np.testing.assert_allclose(
-        params[name], other_params[name], atol=2e-5, rtol=0, err_msg=name
+        x, other_params[name], atol=2e-5, rtol=0, err_msg=name
       )
     for name in ("accuracy", "win_vs_target"):
-      n = measured[name]["n"]
-      assert abs(measured[name]["value"] - other[name]["value"]) <= 1.01 / n
+      gap = abs(measured[name]["value"] - other[name]["value"])
+      assert gap <= 1.01 / measured[name]["n"]
 
 
 def test_a_given_checkpoint_is_called_one(together):
@@ -174,7 +161,7 @@ def test_a_process_reads_its_own_rows_alone(together):
   """Of the pool's tokens: half each, of every batch too; texts once."""
   work, _ = together
   (first, whole), (second, others) = (
-    json.loads((work.parent / f"read{k}").read_text()) for k in range(2)
+    jobs.load(work.parent / f"read{k}") for k in range(2)
   )
 
   def rows(notes, stage):
@@ -189,15 +176,9 @@ def test_a_process_reads_its_own_rows_alone(together):
   # pack a row its prompt is read, then its answer.
   a, b = rows(first, "align"), rows(second, "align")
   assert len(a) == len(b) == 2 * (2 * 4 * 8)
-  wanted = [
-    2 * list(ids).index(i) + side
-    for arm in ARMS
-    for ids in [
-      [r["id"] for r in tables.read_table(work / "shared/data/pool.parquet")]
-    ]
-    for i in subset(work, arm)
-    for side in (0, 1)
-  ]
+  ids = tables.read_column(work / "shared/data/pool.parquet", "id")
+  pairs = [list(ids).index(i) for arm in ARMS for i in subset(work, arm)]
+  wanted = [2 * i + side for i in pairs for side in (0, 1)]
   # 32 draws from 16 pairs are two epochs: every row twice, by someone.
   assert sorted(a + b) == sorted(4 * wanted)
   assert {at for at, _ in first + second} == {"embed", "align"}
@@ -234,18 +215,14 @@ def test_only_process_0_speaks_and_writes(together):
   assert "report:" in first.out and "report:" not in second.out
   assert _without_gloo(second.out) == ""
   # As many files as one process writes, none of them half, none twice.
-  names = {
-    p.relative_to(work).as_posix()
-    for p in work.rglob("*")
-    if p.is_file() and "/checkpoints/" not in p.as_posix()
-  }
-  wanted = {
-    p.relative_to(jobs.finished()).as_posix()
-    for p in jobs.finished().rglob("*")
+  files = lambda folder: {
+    name
+    for p in folder.rglob("*")
     if p.is_file()
-    and "/checkpoints/" not in p.as_posix()
-    and "shared/sft" not in p.as_posix()
+    and "/checkpoints/" not in (name := p.relative_to(folder).as_posix())
   }
+  names = files(work)
+  wanted = {n for n in files(jobs.finished()) if "shared/sft" not in n}
   # A given checkpoint's tokenizer brings its files.
   wanted |= {
     f"shared/data/{n}.json"
@@ -267,10 +244,8 @@ def test_a_finished_job_of_two_does_nothing_again(together, given):
   assert ended.code == 0 and not jobs.did(ended)
 
 
-# Trouble. Each ends both processes soon; the one it happened to says why.
-
-
 def trouble(work, *flags, hooks=None, within=90):
+  """A job that ends soon in both processes; the one in trouble says why."""
   began = time.monotonic()
   ended = jobs.together(work, *flags, hooks=hooks, timeout=within)
   assert time.monotonic() - began < within
@@ -295,11 +270,10 @@ def test_bad_data_ends_both(tmp_path):
 )
 def test_a_wrong_knob_ends_both_alike(tmp_path, knob, said):
   """Before they join: neither waits for the other, and both say it."""
-  never = (
-    "import jax\n"
-    "def never(**_): raise AssertionError('joined')\n"
-    "jax.distributed.initialize = never\n"
-  )
+  never = """import jax
+def never(**_): raise AssertionError('joined')
+jax.distributed.initialize = never
+"""
   for ended in trouble(tmp_path / "work", knob, hooks={0: never, 1: never}):
     assert ended.code == 64 and said in ended.err, ended
     assert ended.err.startswith("error: ") and ended.err.count("\n") == 1
@@ -319,19 +293,17 @@ def test_a_second_job_of_two_is_refused_in_both(tmp_path):
 
 def broken(act):
   """A hook for trouble while the pool is embedded."""
-  return (
-    "from jaxalign.embed import passes\n"
-    f"def broken(*_): {act}\n"
-    "passes._collect = broken\n"
-  )
+  return f"""from jaxalign.embed import passes
+def broken(*_): {act}
+passes._collect = broken
+"""
 
 
-HEARTBEAT = (
-  "import jax\n"  # 30 s in earnest
-  "join = jax.distributed.initialize\n"
-  "jax.distributed.initialize = lambda **kwargs: join(\n"
-  "    **kwargs | dict(heartbeat_timeout_seconds=10))\n"
-)
+HEARTBEAT = """import jax  # 30 s in earnest
+join = jax.distributed.initialize
+jax.distributed.initialize = lambda **kwargs: join(
+    **kwargs | dict(heartbeat_timeout_seconds=10))
+"""
 
 
 @pytest.mark.parametrize(
@@ -365,14 +337,13 @@ def test_trouble_in_one_process_ends_the_other(
 
 def term(stage):
   """A hook that sends a process SIGTERM as a stage begins."""
-  return (
-    "from jaxalign.core import progress\n"
-    "say = progress.say\n"
-    "def saying(text):\n"
-    f"  if text == '{stage}: ...': os.kill(os.getpid(), signal.SIGTERM)\n"
-    "  say(text)\n"
-    "progress.say = saying\n"
-  )
+  return f"""from jaxalign.core import progress
+say = progress.say
+def saying(text):
+  if text == '{stage}: ...': os.kill(os.getpid(), signal.SIGTERM)
+  say(text)
+progress.say = saying
+"""
 
 
 ONLY_SFT = (
@@ -386,11 +357,8 @@ def test_sigterm_to_one_process_saves_in_both(tmp_path):
   flags = ("sft.updates=40", "sft.save_every=30")
   first, second = trouble(tmp_path, *flags, hooks={1: term("sft")})
   assert (first.code, second.code) == (75, 75), (first, second)
-  saved = [
-    int(p.name)
-    for p in (tmp_path / "shared/sft/checkpoints").iterdir()
-    if p.name.isdigit()
-  ]
+  folder = tmp_path / "shared/sft/checkpoints"
+  saved = [int(p.name) for p in folder.iterdir() if p.name.isdigit()]
   assert len(saved) == 1 and 0 < saved[0] < 30
   first, second = trouble(tmp_path, *flags, hooks={0: ONLY_SFT, 1: ONLY_SFT})
   assert (first.code, second.code) == (0, 0), (first, second)
@@ -409,10 +377,8 @@ def test_sigterm_between_stages_stops_both(tmp_path):
 
 def test_a_job_killed_in_both_is_gone_on_from(tmp_path, together, given):
   """In the first arm's training; it ends as the one that nobody killed."""
-  flag, hook = (
-    f"model.checkpoint={given}",
-    jobs.kill_when("core.checkpoints:Checkpoints.save", 1),
-  )
+  flag = f"model.checkpoint={given}"
+  hook = jobs.kill_when("core.checkpoints:Checkpoints.save", 1)
   ended = trouble(tmp_path / "work", flag, hooks={0: hook, 1: hook})
   assert {e.code for e in ended} <= {-signal.SIGKILL, 75, -signal.SIGABRT}
   first, second = jobs.together(tmp_path / "work", flag)

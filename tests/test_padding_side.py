@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from test_embed import MODEL, params, rows, SIZES, token_rows
+from test_embed import MODEL, PARAMS, rows, SIZES, token_rows
 
 from jaxalign.core import sharding
 from jaxalign.embed import passes
@@ -31,7 +31,7 @@ def machine():
 
 def placed(mesh):
   axes = decoder.table(MODEL)
-  return {n: sharding.put(mesh, w, *axes[n].axes) for n, w in params().items()}
+  return {n: sharding.put(mesh, w, *axes[n].axes) for n, w in PARAMS.items()}
 
 
 def ran(mesh, ids, where=None):
@@ -59,7 +59,7 @@ def summed(mesh, sides, length, pad_id, picked):
 
 def by_hand(picked):
   """The same sums from the NumPy Llama, one row at a time, no padding."""
-  logps = [oracle.token_logps(params(), p + a, **SIZES) for p, a in picked]
+  logps = [oracle.token_logps(PARAMS, p + a, **SIZES) for p, a in picked]
   return np.array([x[len(p) :].sum() for x, (p, _) in zip(logps, picked)])
 
 

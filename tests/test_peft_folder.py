@@ -24,20 +24,18 @@ CONFIGS = {
 
 @functools.lru_cache
 def sizes(family):
-  return families.config_of(
-    dict(
-      model_type=family,
-      hidden_size=32,
-      intermediate_size=20,
-      num_hidden_layers=2,
-      num_attention_heads=4,
-      vocab_size=40,
-      max_position_embeddings=32,
-      tie_word_embeddings=False,
-      hidden_act="gelu" if family == "gpt_neox" else "silu",
-      **CONFIGS[family],
-    )
+  raw = dict(
+    model_type=family,
+    hidden_size=32,
+    intermediate_size=20,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    vocab_size=40,
+    max_position_embeddings=32,
+    tie_word_embeddings=False,
+    hidden_act="gelu" if family == "gpt_neox" else "silu",
   )
+  return families.config_of(raw | CONFIGS[family])
 
 
 TOKENS = np.random.default_rng(0).integers(0, 40, (2, 9))
@@ -73,13 +71,8 @@ def test_peft_and_the_merged_export_have_our_logits(tmp_path, family, kind):
     params = put(mesh, m, host)
 
     def save(name, params):
-      weights.save(
-        tmp_path / name,
-        params,
-        decoder.table(sizes(family)),
-        families.stored(m),
-        weights.Export(families.hf_config(m, 1, 2)),
-      )
+      config, layout = families.hf_config(m, 1, 2), families.decoder_layout(m)
+      weights.save(tmp_path / name, params, layout, weights.Export(config))
 
     save("base", {n: x for n, x in params.items() if ":" not in n})
     save("merged", adapters.Merged(params, lora))
@@ -97,13 +90,9 @@ def test_peft_and_the_merged_export_have_our_logits(tmp_path, family, kind):
   np.testing.assert_allclose(theirs(found), wanted, rtol=0, atol=1e-4)
   config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
   assert config["base_model_name_or_path"] == "some/base"
-  assert config["target_modules"] == sorted(
-    {
-      n.split(".lora_")[0].split(".")[-1]
-      for n in found.state_dict()
-      if ".lora_A." in n
-    }
-  )
+  names = [n for n in found.state_dict() if ".lora_A." in n]
+  modules = {n.split(".lora_")[0].split(".")[-1] for n in names}
+  assert config["target_modules"] == sorted(modules)
 
 
 @pytest.mark.parametrize(
@@ -117,15 +106,9 @@ def test_peft_and_the_merged_export_have_our_logits(tmp_path, family, kind):
 )
 def test_the_base_is_named_as_peft_finds_it(tmp_path, given, name, revision):
   m = sizes("llama")._replace(lora=adapters.Lora(2))
-  rows = {
-    n: np.zeros(p.shape, np.float32)
-    for n, p in decoder.table(m).items()
-    if ":" in n
-  }
+  params = {n: jax.device_put(x) for n, x in draw(m).items() if ":" in n}
   with jax.set_mesh(make_mesh(2, 2)):
-    hf.save_adapters(
-      tmp_path, {n: jax.device_put(x) for n, x in rows.items()}, m, base=given
-    )
+    hf.save_adapters(tmp_path, params, m, base=given)
   found = peft.PeftConfig.from_pretrained(tmp_path)
   assert (found.base_model_name_or_path, found.revision) == (name, revision)
 

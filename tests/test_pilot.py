@@ -10,7 +10,7 @@ import pytest
 
 from configs import common
 from jaxalign.core.errors import ConfigError, DataError
-from jaxalign.study import pilot, plateau
+from jaxalign.study import curves, pilot, plateau
 
 ISA = "length(direction=auto)"
 
@@ -19,7 +19,7 @@ def curve(noise, seeds, rate=0.2, gain=30.0, seed=0):
   rng = np.random.default_rng(seed)
   x = np.repeat([0.0, 1, 2, 4, 8, 16, 32], seeds)
   y = 60 - gain * np.exp(-rate * x) + rng.normal(size=len(x)) * noise
-  return plateau.fit(x, y)
+  return plateau.fit_plateau(x, y)
 
 
 def test_enough_is_where_the_curve_is_a_margin_below_its_plateau():
@@ -86,34 +86,28 @@ def test_directions_of_a_name():
 )
 def test_knobs_that_cannot_work(knobs, said):
   with pytest.raises(ConfigError, match=said):
-    pilot.check(small(**knobs))
+    pilot.check_pilot(small(**knobs))
 
 
 def test_commands_of_one_arm_refuse():
   with pytest.raises(ConfigError, match="jaxalign.select cannot settle"):
-    pilot.refuse(small(select_budget="auto"), "jaxalign.select")
+    pilot.refuse_open(small(select_budget="auto"), "jaxalign.select")
 
 
 def test_the_best_direction_is_the_best_mean():
   def arm(sampler, value):
     return dict(sampler=sampler, metrics=dict(win_vs_ref=dict(value=value)))
 
-  names = [pilot.with_direction(ISA, d) for d in pilot.DIRECTIONS]
+  top, middle, low = (pilot.with_direction(ISA, d) for d in pilot.DIRECTIONS)
+  seen = [(top, 0.5), (middle, 0.2), (low, 0.4)]
+  seen += [(top, 0.1), (middle, 0.2), (low, 0.4)]
   c = ConfigDict(
     dict(select=dict(sampler=ISA), pilot=dict(budgets=(0.1,), seeds=2))
   )
-  for shift, wish in ((0.0, False), (0.3, True)):
+  for random, wish in ((0.35, False), (0.65, True)):
     summary = dict(
       comparisons=[dict(metric="win_vs_ref")],
-      arms=[
-        arm(names[0], 0.5),
-        arm(names[1], 0.2),
-        arm(names[2], 0.4),
-        arm(names[0], 0.1),
-        arm(names[1], 0.2),
-        arm(names[2], 0.4),
-        arm("random", 0.35 + shift),
-      ],
+      arms=[arm(*one) for one in (*seen, ("random", random))],
     )
     best, words = pilot._best_direction(c, summary)
     assert best == "length(direction=low)" and "low 40.0" in words
@@ -122,7 +116,7 @@ def test_the_best_direction_is_the_best_mean():
 
 def test_no_plateau_no_advice(tmp_path):
   """Growth with no end: the job ends and says what would help."""
-  fit = plateau.fit([0.0, 1, 2, 4, 8], [30.0, 31, 32, 34, 38])
+  fit = plateau.fit_plateau([0.0, 1, 2, 4, 8], [30.0, 31, 32, 34, 38])
   assert not fit["identified"]
   job = SimpleNamespace(
     c=small(), workdir=tmp_path, column=lambda split, name: [""] * 100
@@ -151,13 +145,13 @@ def test_a_job_whose_direction_and_budget_are_settled(tmp_path, monkeypatch):
     *TINY,
     "pilot.most=9.0",
   )
-  true = plateau.fit
+  true = plateau.fit_plateau
 
   def planted(x, y):
     y = 50 - 40 * np.exp(-0.15 * np.asarray(x)) + 0.1 * np.cos(range(len(x)))
     return true(x, y)
 
-  monkeypatch.setattr(plateau, "fit", planted)
+  monkeypatch.setattr(curves, "fit_plateau", planted)
   ended = jobs.run(tmp_path / "work", *knobs)
   assert ended.code == 0, ended
   assert (tmp_path / "work" / "pilot" / "budgets" / "report.html").exists()

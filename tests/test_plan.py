@@ -41,7 +41,7 @@ def test_memory_of_the_state_is_what_a_device_holds():
   held = held_by(M, mesh)
   tx = optim.make_optimizer(clip=1.0, weight_decay=0.0, b2=0.98)
   with jax.set_mesh(mesh):
-    params = decoder.init(jax.random.key(0), M, mesh)
+    params = decoder.init(jax.random.key(0), M)
     state = step.init_state(params, tx).opt_state
   assert held["parameters"] == on_one_device(params)
   assert held["gradients"] == held["parameters"]
@@ -110,8 +110,8 @@ def test_what_cannot_fit_is_refused_with_its_parts():
   held = {n: k * 2**30 for n, k in zip(names, (4, 4, 8, 2, 1, 1))}
   small = a_device("TPU v5 lite")  # 16 GiB
   words = (
-    r"about 20.0 GiB a device \(parameters 4.0, .* a TPU v5 lite has 16.0 GiB; "
-    "raise config.mesh.fsdp"
+    r"about 20.0 GiB a device \(parameters 4.0 GiB, .* a TPU v5 lite has "
+    "16.0 GiB; raise config.mesh.fsdp"
   )
   with pytest.raises(ConfigError, match=words):
     memory.check_fits(held, small)
@@ -259,7 +259,7 @@ def a_job(sampler, compare=(), **knobs):
 
 ROWS = dict(sft=200, pool=160, held_out=40)
 TOKENS = dict.fromkeys(ROWS, 14.0)
-SIZES = plan.Sizes(ROWS, TOKENS)
+SIZES = plan.DataSizes(ROWS, TOKENS)
 
 
 def planned(job, arms):
@@ -332,7 +332,7 @@ def test_a_choice_runs_where_its_sampler_does(monkeypatch):
   rows = ROWS | dict(pool=200_000)
   seconds = lambda job, arms: {
     x.arm: x.seconds
-    for x in plan.plan_lines(job, arms, plan.Sizes(rows, TOKENS))
+    for x in plan.plan_lines(job, arms, plan.DataSizes(rows, TOKENS))
     if x.stage == "select"
   }
   rest = 200_000 * (choose.SECONDS_A_ROW + 2 * 4 * 32 / choose.READING)
@@ -353,7 +353,7 @@ def test_a_choice_runs_where_its_sampler_does(monkeypatch):
   np.testing.assert_allclose(  # exact inside blocks of 4,000 rows
     got.on_host, work / 50
   )
-  assert got.flops < work / 10 and got.device == 4 * 200_000 * 32
+  assert got.flops < work / 10 and got.device == 4 * (1 << 17) * 32
 
 
 def test_a_closed_form_is_fitted_once():

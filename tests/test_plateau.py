@@ -48,7 +48,7 @@ def rss(y, x=X, **fixed):
   "name,r,b", [("hh", "82.22", "0.290"), ("ultrafeedback", "26.52", "0.069")]
 )
 def test_the_paper_s_table(name, r, b):
-  found = plateau.fit(X, PAPER[name])
+  found = plateau.fit_plateau(X, PAPER[name])
   assert found["identified"]
   assert f"{found['r']['value']:.2f}" == r
   assert f"{found['b']['value']:.3f}" == b
@@ -58,7 +58,7 @@ def test_the_paper_s_table(name, r, b):
 
 
 def test_openassistant_has_no_plateau():
-  found = plateau.fit(X, PAPER["oasst"])
+  found = plateau.fit_plateau(X, PAPER["oasst"])
   assert not found["identified"]
   assert found["r"]["value"] == 100 and found["r"]["high"] is None
   assert found["words"][0].startswith("Plateau not identified")
@@ -68,7 +68,7 @@ def test_openassistant_has_no_plateau():
 @pytest.mark.parametrize("name", ["hh", "ultrafeedback"])
 def test_the_intervals_end_where_the_fit_is_significantly_worse(name):
   y = np.array(PAPER[name])
-  found = plateau.fit(X, y)
+  found = plateau.fit_plateau(X, y)
   least = rss(y)
   most = least * (1 + stats.f.ppf(0.95, 1, 3) / 3)
   for key in "rab":
@@ -79,15 +79,15 @@ def test_the_intervals_end_where_the_fit_is_significantly_worse(name):
 
 def test_a_repeated_share_is_two_points():
   y = np.array(PAPER["ultrafeedback"])
-  once = plateau.fit(X, y)
-  twice = plateau.fit(np.tile(X, 2), np.tile(y, 2))
+  once = plateau.fit_plateau(X, y)
+  twice = plateau.fit_plateau(np.tile(X, 2), np.tile(y, 2))
   for key in "rab":
     assert twice[key]["value"] == pytest.approx(once[key]["value"], rel=1e-5)
   assert twice["r"]["high"] < once["r"]["high"]
 
 
 def test_an_exact_curve_is_found():
-  found = plateau.fit(X, curve(X, 60, 30, 0.08))
+  found = plateau.fit_plateau(X, curve(X, 60, 30, 0.08))
   np.testing.assert_allclose(
     [found[k]["value"] for k in "rab"], [60, 30, 0.08], rtol=1e-5
   )
@@ -108,7 +108,7 @@ def test_an_exact_curve_is_found():
 def test_growth_without_an_end_is_no_plateau(make, best):
   x = np.array([0, 2, 5, 10, 25, 50, 75, 100.0])
   y = make(x) + np.random.default_rng(0).normal(0, 0.3, len(x))
-  found = plateau.fit(x, y)
+  found = plateau.fit_plateau(x, y)
   assert found["best"] == best
   assert "do not prefer a plateau" in " ".join(found["words"])
   assert found["curves"][best]["held_out"] < 1
@@ -117,10 +117,11 @@ def test_growth_without_an_end_is_no_plateau(make, best):
 def test_no_growth_at_all_is_no_plateau():
   rng = np.random.default_rng(0)
   found = [
-    plateau.fit(X, 50 + rng.normal(0, 2, 6))["identified"] for _ in range(10)
+    plateau.fit_plateau(X, 50 + rng.normal(0, 2, 6))["identified"]
+    for _ in range(10)
   ]
   assert sum(found) <= 1
-  assert not plateau.fit(X, np.full(6, 50.0))["identified"]
+  assert not plateau.fit_plateau(X, np.full(6, 50.0))["identified"]
 
 
 def test_held_out_error_of_a_line_by_hand():
@@ -129,7 +130,7 @@ def test_held_out_error_of_a_line_by_hand():
     y[i] - np.polyval(np.polyfit(np.delete(X, i), np.delete(y, i), 1), X[i])
     for i in range(1, 6)
   ]
-  found = plateau.fit(X, y)["curves"]["line"]
+  found = plateau.fit_plateau(X, y)["curves"]["line"]
   assert found["held_out"] == pytest.approx(np.sqrt(np.mean(np.square(missed))))
   r2 = np.corrcoef(X, y)[0, 1] ** 2
   assert found["r2"] == pytest.approx(r2)
@@ -148,7 +149,7 @@ def test_held_out_error_of_a_line_by_hand():
 )
 def test_points_that_cannot_be_fitted(x, y, words):
   with pytest.raises(DataError, match=words):
-    plateau.fit(x, y)
+    plateau.fit_plateau(x, y)
 
 
 def test_knobs_that_cannot_work():
@@ -164,7 +165,7 @@ def test_profiles_cover_95_percent():
   truth = dict(r=69.1, a=30.2, b=0.062)
   covered = {k: [] for k in truth}
   for _ in range(300):
-    found = plateau.fit(x, curve(x, **truth) + rng.normal(0, 2, len(x)))
+    found = plateau.fit_plateau(x, curve(x, **truth) + rng.normal(0, 2, len(x)))
     for key, value in truth.items():
       low, high = found[key]["low"], found[key]["high"]
       covered[key].append(

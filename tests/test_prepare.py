@@ -55,28 +55,26 @@ def test_conversations_are_written_in_the_models_own_template(
     per = len(encoded.start) // len(rows)
     for k in range(0, len(encoded.start), 7):
       row, side = rows[k // per], ("chosen", "rejected")[k % per]
-      answer = row.get("completion") or row.get("response") or row[side]
+      text = row.get("completion") or row.get("response") or row[side]
       ids = encoded.ids[encoded.offsets[k] : encoded.offsets[k + 1]]
-      said = ids[encoded.start[k] :]
+      answer = ids[encoded.start[k] :]
       if not encoded.cut[k]:
-        assert tok.decode_response(said) == answer.removeprefix(" ")
+        assert tok.decode_response(answer) == text.removeprefix(" ")
         assert list(ids).count(start) == len(row["turns"]) + 1
         for turn in row["turns"]:
           assert turn["content"] in tok.decode(ids)
-        assert said[-1] == end
+        assert answer[-1] == end
   assert "pool: " in capsys.readouterr().out
   assert summary["truncation"]["pool"]["rows_cut"] >= 0
   for file in ("tokenizer.json", "tokenizer_config.json"):
-    assert (folder / file).read_bytes() == (
-      tmp_path / "tok" / file
-    ).read_bytes()
+    given = (tmp_path / "tok" / file).read_bytes()
+    assert (folder / file).read_bytes() == given
 
 
 def test_a_template_of_another_is_exported_with_the_tokenizer(tmp_path, shared):
   write_folder(tmp_path / "tok", BUILT_IN["chatml"])
-  folder, _ = made(
-    tmp_path, shared / "data/llamafactory/dpo_en_demo.json", template="llama3"
-  )
+  source = shared / "data/llamafactory/dpo_en_demo.json"
+  folder, _ = made(tmp_path, source, template="llama3")
   tok = load_tokenizer(folder)
   assert tok.template == BUILT_IN["llama3"]
   assert tok.eos == tok.specials["<|eot_id|>"]
@@ -91,9 +89,8 @@ def test_plain_text_is_wrapped_as_turns_unless_it_is_to_be_left_alone(
   tmp_path, shared
 ):
   write_folder(tmp_path / "tok", BUILT_IN["chatml"])
-  folder, summary = made(
-    tmp_path, shared / "data/ultrafeedback/pairs.jsonl.gz", template="none"
-  )
+  source = shared / "data/ultrafeedback/pairs.jsonl.gz"
+  folder, summary = made(tmp_path, source, template="none")
   assert summary["template"].startswith("no template")
   tok = load_tokenizer(folder)
   assert tok.eos == tok.specials["<|end|>"]
@@ -103,25 +100,20 @@ def test_plain_text_is_wrapped_as_turns_unless_it_is_to_be_left_alone(
   assert not np.isin(encoded.ids, marks).any()
   assert all(row["margin"] is not None for row in pool)
   # By itself or by name: a plain prompt is the user's turn.
-  for name, said in (("auto", "the tokenizer's own"), ("chatml", "chatml")):
-    folder, summary = made(
-      tmp_path, shared / "data/ultrafeedback/pairs.jsonl.gz", template=name
-    )
-    assert (
-      summary["template"].startswith(f"chat template: {said}; ")
-      and "wrapped" in summary["template"]
-    )
+  for name, title in (("auto", "the tokenizer's own"), ("chatml", "chatml")):
+    folder, summary = made(tmp_path, source, template=name)
+    assert summary["template"].startswith(f"chat template: {title}; ")
+    assert "wrapped" in summary["template"]
     encoded = tokens.load_rows(folder, "pool")
     for i in range(0, 40, 2):
       at = encoded.offsets[i]
-      whole = encoded.ids[at : at + encoded.start[i]].tolist()
-      assert whole.count(marks[0]) == 2
+      prompt = encoded.ids[at : at + encoded.start[i]].tolist()
+      assert prompt.count(marks[0]) == 2
     row = tables.read_table(folder / "pool.parquet")[0]
     assert row["turns"] == [dict(role="user", content=row["prompt"])]
     [subset] = tables.as_read([row])
-    assert subset["prompt"] == row["turns"] and subset["chosen"] == [
-      dict(role="assistant", content=row["chosen"])
-    ]
+    answer = dict(role="assistant", content=row["chosen"])
+    assert subset["prompt"] == row["turns"] and subset["chosen"] == [answer]
 
 
 def test_a_template_that_takes_no_row_says_so(tmp_path, shared):

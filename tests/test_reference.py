@@ -6,15 +6,14 @@ And the same bits on any mesh whose devices hold whole rows.
 import re
 
 import jax
+from models import put
 import numpy as np
 import oracle
 import pytest
 from test_layout import examples, make_mesh, MODEL, on_mesh, rows_of, SIZES
 from test_layout import params as weights
 
-from jaxalign.core import sharding
 from jaxalign.core.errors import DataError, NumericError
-from jaxalign.model import decoder
 from jaxalign.train import reference
 from jaxalign.train.reference import Reference, reference_logps
 
@@ -126,7 +125,7 @@ def test_prompts_that_differ_are_named():
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_what_is_not_finite_is_named_and_nothing_else(layout):
   """One token's embedding is broken, and the rows that hold it are named: not
-  those packed beside them, to which it spreads."""
+  those packed with them, to which it spreads."""
   pairs, mesh, m = pairs_of(2), make_mesh(1, 1), MODEL._replace(tied=False)
   broken = dict(weights(m))
   broken["embed"] = np.where(
@@ -139,16 +138,8 @@ def test_what_is_not_finite_is_named_and_nothing_else(layout):
     if any(TOKEN in [*prompt, *a[:-1]] for a in answers)
   ]
   assert 0 < len(holding) < 5  # an error names eight responses
+  ids, params = [f"r{i}" for i in range(len(pairs))], put(mesh, m, broken)
   with pytest.raises(NumericError, match="ref_logps: .* not finite") as error:
-    run(
-      2,
-      layout=layout,
-      ids=[f"r{i}" for i in range(len(pairs))],
-      m=m,
-      params={
-        n: sharding.put(mesh, x, *decoder.table(m)[n].axes)
-        for n, x in broken.items()
-      },
-    )
+    run(2, layout=layout, ids=ids, m=m, params=params)
   named = re.search(r"\(ids (.*?)\)", str(error.value))[1].split(", ")
   assert sorted(set(named)) == sorted(f"r{i}" for i in holding)

@@ -93,7 +93,7 @@ def test_a_second_run_does_nothing_says_so_and_is_fast(tmp_path):
   assert time.monotonic() - began < 10
   # 5 shared stages (data runs first, above), 7 an arm, and the page.
   assert ended.out.count(", skipped") == 20
-  assert "wins/target, %" in ended.out  # the summary is said all the same
+  assert "wins/target, %" in ended.out  # the summary is printed all the same
   assert "everything was finished before; nothing was computed" in ended.out
   assert before == {p: p.stat().st_mtime_ns for p in before}
   same(work)

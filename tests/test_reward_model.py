@@ -1,21 +1,24 @@
 """Reward models: transformers' numbers, on any mesh; rows as they read them."""
 
 import functools
+import json
 
 import jax
-from models import make_mesh, sized
+from models import make_mesh, save_drawn, sized, word_pieces
 import numpy as np
 import pytest
+import safetensors.numpy
 from test_encoder import VOCAB
-import tokenizers
+from test_ledger import multiplied
 
 from jaxalign.core import sharding
 from jaxalign.core.errors import ConfigError, DataError
 from jaxalign.data import tokens
 from jaxalign.embed import questions, row_scores
 from jaxalign.embed.passes import PassOptions
-from jaxalign.model import reward
+from jaxalign.model import encoder, reward, weights
 from jaxalign.model.flops import reward_flops
+from jaxalign.model.parameters import check_mesh
 
 transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")
@@ -45,41 +48,12 @@ KINDS = {
 def save(folder, kind, **more):
   """A classifier of transformers with every number drawn; returns it."""
   torch.manual_seed(0)
-  config = transformers.AutoConfig.for_model(
-    kind, **(SIZES | KINDS[kind] | more)
-  )
+  sizes = SIZES | KINDS[kind] | more
   model = transformers.AutoModelForSequenceClassification.from_config(
-    config, attn_implementation="eager"
-  ).eval()
-  with torch.no_grad():
-    for name, p in model.named_parameters():
-      p.normal_(0.0, 0.3)
-      if "norm" in name.lower() and name.endswith("weight"):
-        p += 1.0
-  model.save_pretrained(folder)
-  return model
-
-
-def word_pieces(folder):
-  """A BERT tokenizer that joins two texts, saved."""
-  tok = tokenizers.Tokenizer(
-    tokenizers.models.WordPiece(
-      {w: i for i, w in enumerate(VOCAB)}, unk_token="[UNK]"
-    )
+    transformers.AutoConfig.for_model(kind, **sizes),
+    attn_implementation="eager",
   )
-  tok.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-  return joining(tok, folder)
-
-
-def joining(tok, folder):
-  """A tokenizer, [CLS] 2 and [SEP] 3, made to join two texts, and saved."""
-  tok.post_processor = tokenizers.processors.TemplateProcessing(
-    single="[CLS] $A [SEP]",
-    pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-    special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
-  )
-  tok.save(str(folder / "tokenizer.json"))
-  return tok
+  return save_drawn(folder, model)
 
 
 def drawn_rows(n=9, seed=0):
@@ -96,21 +70,14 @@ def drawn_rows(n=9, seed=0):
 
 
 def theirs(model, rows, kind):
-  """What transformers says of each row, alone and without padding."""
+  """The numbers of transformers, of each row alone and without padding."""
   out = []
   for i, start in enumerate(rows.start):
-    ids = rows.ids[rows.offsets[i] : rows.offsets[i + 1]]
-    more = {}
-    if kind == "bert":
-      more["token_type_ids"] = torch.tensor(
-        np.arange(len(ids)) >= start
-      ).long()[None]
+    ids = torch.tensor(rows.ids[rows.offsets[i] : rows.offsets[i + 1]]).long()
+    second = (torch.arange(len(ids)) >= int(start)).long()[None]
+    more = dict(token_type_ids=second) if kind == "bert" else {}
     with torch.no_grad():
-      out.append(
-        float(
-          model(input_ids=torch.tensor(ids).long()[None], **more).logits[0, 0]
-        )
-      )
+      out.append(float(model(input_ids=ids[None], **more).logits[0, 0]))
   return np.array(out)
 
 
@@ -123,59 +90,44 @@ SLOW = pytest.mark.slow
     ("llama", (1, 1)),
     ("bert", (1, 1)),
     *(
-      pytest.param(kind, (1, 1), marks=SLOW)
+      pytest.param(kind, shape, marks=SLOW)
       for kind in KINDS
-      if kind not in ("llama", "bert")
+      for shape in ((1, 1), (4, 2))
+      if (kind in ("llama", "bert")) == (shape == (4, 2))
     ),
-    pytest.param("llama", (4, 2), marks=SLOW),
-    pytest.param("bert", (4, 2), marks=SLOW),
   ],
 )
 def test_rewards_are_the_logits_of_transformers(kind, shape, tmp_path):
   model, rows = save(tmp_path, kind), drawn_rows()
-  r = reward.read_config(tmp_path)
+  r = reward.read_reward_config(tmp_path)
   assert r.encodes == (kind in ("bert", "roberta"))
-  mesh = sharding.make_mesh(
-    dict(fsdp=shape[0], tensor=shape[1]), jax.devices()[: shape[0] * shape[1]]
-  )
-  reward.check_reward(r, mesh)
+  mesh = make_mesh(*shape)
+  layout = reward.reward_layout(r)
+  check_mesh(layout.rows, mesh)
   with jax.set_mesh(mesh):
-    params = reward.load(tmp_path, r, mesh)
+    params = weights.load_weights(tmp_path, layout, mesh)
     got = row_scores.reward_rows(mesh, params, r, rows, PassOptions(2))
   wanted = theirs(model, rows, kind)
   np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
   assert np.ptp(wanted) > 0.5  # rows differ by more than an error
 
 
-def test_flops_are_the_dot_generals():
-  from test_ledger import multiplied
-
+def test_flops_are_the_dot_generals(alone):
   m = sized(2, 8, 2, 1, 4, 6, 12, 16)
-  e = reward.encoder.EncoderConfig(
+  e = encoder.EncoderConfig(
     layers=2, width=8, heads=2, ff=6, vocab=12, positions=16, context=16
   )
-  mesh = make_mesh()
+  whole = lambda w, axes: w
+  place = sharding.PER_ROW._replace(weight=whole, bias=whole)
+  ids, on = np.zeros((3, 5), np.int32), np.zeros((3, 5), bool)
   for model, kind in ((m, "llama"), (e, "bert")):
     r = reward.RewardConfig(model, kind)
-    with jax.set_mesh(mesh):
-      params = {
-        n: jax.ShapeDtypeStruct(p.shape, np.float32)
-        for n, p in reward.table(r).items()
-      }
-      traced = jax.make_jaxpr(
-        functools.partial(
-          reward.rewards,
-          r=r,
-          place=sharding.PER_ROW._replace(
-            weight=lambda w, axes: w, bias=lambda b, axes: b
-          ),
-        )
-      )(
-        params,
-        np.zeros((3, 5), np.int32),
-        np.full(3, 5),
-        np.zeros((3, 5), bool),
-      )
+    params = {
+      n: jax.ShapeDtypeStruct(p.shape, np.float32)
+      for n, p in reward.reward_layout(r).rows.items()
+    }
+    fn = functools.partial(reward.rewards, r=r, place=place)
+    traced = jax.make_jaxpr(fn)(params, ids, np.full(3, 5), on)
     assert multiplied(traced.jaxpr) == 3 * reward_flops(r, 5)
 
 
@@ -188,20 +140,16 @@ def test_flops_are_the_dot_generals():
   ],
 )
 def test_what_is_no_reward_model_is_refused(tmp_path, more, words):
-  import json
-
   model = transformers.AutoConfig.for_model("llama", **SIZES).to_dict()
   model |= dict(architectures=["LlamaForSequenceClassification"])
   if "num_labels" in more:
     model["id2label"] = {"0": "no", "1": "yes"}
   (tmp_path / "config.json").write_text(json.dumps(model | more))
   with pytest.raises(ConfigError, match=words):
-    reward.read_config(tmp_path)
+    reward.read_reward_config(tmp_path)
 
 
 def test_a_model_without_its_head_is_named(tmp_path):
-  import safetensors.numpy
-
   save(tmp_path, "llama")
   path = tmp_path / "model.safetensors"
   tensors = safetensors.numpy.load_file(path)
@@ -209,7 +157,8 @@ def test_a_model_without_its_head_is_named(tmp_path):
   safetensors.numpy.save_file(tensors, path)
   mesh = make_mesh()
   with jax.set_mesh(mesh), pytest.raises(DataError, match="score.weight is mi"):
-    reward.load(tmp_path, reward.read_config(tmp_path), mesh)
+    layout = reward.reward_layout(reward.read_reward_config(tmp_path))
+    weights.load_weights(tmp_path, layout, mesh)
 
 
 # Rows as an encoder reads them.
@@ -221,8 +170,8 @@ def pair(prompt, answer, name="a"):
 
 def test_two_texts_are_joined_as_transformers_does(tmp_path):
   save(tmp_path, "bert")
-  tok = word_pieces(tmp_path)
-  m = reward.read_config(tmp_path).model
+  tok = word_pieces(VOCAB, tmp_path)
+  m = reward.read_reward_config(tmp_path).model
   texts = [pair("the cat runs", "a dog sleeps fast"), pair("over", "tree")]
   rows = questions.encode_two(tmp_path, m, texts)
   for i, (row, side) in enumerate(texts):
@@ -235,8 +184,8 @@ def test_two_texts_are_joined_as_transformers_does(tmp_path):
 
 def test_a_long_prompt_loses_its_beginning_and_a_long_answer_its_end(tmp_path):
   save(tmp_path, "bert")
-  word_pieces(tmp_path)
-  m = reward.read_config(tmp_path).model._replace(context=13)
+  word_pieces(VOCAB, tmp_path)
+  m = reward.read_reward_config(tmp_path).model._replace(context=13)
   one = lambda text: [VOCAB.index(w) for w in text.split()]
   long, short = "the cat " * 6 + "runs", "fast dog"
   rows = questions.encode_two(

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 from numpy.testing import assert_allclose, assert_array_equal
 import pools as make_pools
-from pools import with_columns
+from pools import clusters, copied, vectors_of, with_columns
 import pytest
 
 from jaxalign.core import sharding
@@ -20,41 +20,13 @@ GEOMETRIC = [
 ]
 
 
-def clusters(n=N, width=W, seed=0, responses=2):
-  """A pool with a dense cluster, a wide one, and a few rows far off."""
-  rng = np.random.default_rng(seed)
-  pool = make_pools.make(responses, n, seed, width)
-  spread = np.where(
-    np.arange(n) % 10 == 0, 3.0, np.where(np.arange(n) % 3 == 0, 1.0, 0.2)
-  )
-  x = 1 + rng.normal(size=(n, responses, width)) * spread[:, None, None]
-  return with_columns(pool, embedding=x.astype(np.float32))
-
-
-def by_hand(pool, pair="mean", metric="cosine"):
-  """[N, W] float64 of the vectors that a row is compared by."""
-  x = np.float64(pool.embedding)
-  x = {
-    "mean": x.mean(1),
-    "chosen": x[:, 0],
-    "rejected": x[:, 1],
-    "difference": x[:, 0] - x[:, 1],
-    "concat": x.reshape(len(x), -1),
-  }[pair]
-  if metric == "centred":
-    x = x - x.mean(0)
-  if metric != "euclidean":
-    x = x / np.linalg.norm(x, axis=1, keepdims=True)
-  return x
-
-
 @pytest.mark.parametrize("pair", vectors.PAIRS)
 @pytest.mark.parametrize("metric", vectors.METRICS)
 def test_vectors(pair, metric):
   pool = clusters()
   got = vectors.vectors(pool, pair, metric)
   assert got.dtype == np.float32
-  assert_allclose(got, by_hand(pool, pair, metric), rtol=1e-4, atol=1e-6)
+  assert_allclose(got, vectors_of(pool, pair, metric), rtol=1e-4, atol=1e-6)
 
 
 def test_vectors_refused():
@@ -64,61 +36,46 @@ def test_vectors_refused():
       SAMPLERS["k_center"](0, pool, 5, **{knob: "nonsense"})
   with pytest.raises(ConfigError, match="'difference' reads pairs"):
     SAMPLERS["k_center"](0, clusters(responses=1), 5, pair="difference")
-  x = pool.embedding.copy()
-  x[3] = 0
-  with pytest.raises(NumericError, match=f"length 0.*{pool.ids[3]}"):
-    SAMPLERS["k_center"](0, with_columns(pool, embedding=x), 5)
-  x = pool.embedding.copy()
+  zero, broken = pool.embedding.copy(), pool.embedding.copy()
+  zero[3] = 0
   bad = np.arange(7) * 5
-  x[bad, bad % 2, 3] = np.nan  # of one side
-  with pytest.raises(
-    NumericError,
-    match=(
-      f"7 of {len(x)} rows have an embedding that is not finite .ids "
-      + ", ".join(pool.ids[bad[:5]])
-      + r", \.\.\.\)"
+  broken[bad, bad % 2, 3] = np.nan  # of one side
+  few = ", ".join(pool.ids[bad[:5]])
+  for x, match in (
+    (zero, f"length 0.*{pool.ids[3]}"),
+    (
+      broken,
+      f"7 of {N} rows have an embedding that is not finite .ids {few}, ...",
     ),
   ):
-    SAMPLERS["k_center"](0, with_columns(pool, embedding=x), 5)
-
-
-# Density.
+    with pytest.raises(NumericError, match=match):
+      SAMPLERS["k_center"](0, with_columns(pool, embedding=x), 5)
 
 
 def naive_density(x, h):
-  out = np.zeros(len(x))
-  for i, a in enumerate(x):
-    for b in x:
-      out[i] += np.exp(-((a - b) ** 2).sum() / (2 * h * h))
-  return out / len(x)
+  square = ((x[:, None] - x[None]) ** 2).sum(2)
+  return np.exp(-square / (2 * h * h)).mean(1)
 
 
-def test_density_equals_the_double_loop_and_keeps_thin_rows():
+def test_density_equals_the_double_sum_and_keeps_thin_rows():
   pool = clusters(n=150)
-  x = by_hand(pool)
-  f = naive_density(x, 0.5)
-  u = topk.uniform(4, pool.ids, "density")
-  wanted = np.log(1 / f) - np.log(-np.log(u))
-  got = SAMPLERS["density"](4, pool, 30, bandwidth=0.5, features=0)
+  f = naive_density(vectors_of(pool), 0.5)
+  gumbel = -np.log(-np.log(topk.uniform(4, pool.ids, "density")))
+  wanted = np.log(1 / f) + gumbel
+  run = lambda s: SAMPLERS["density"](s, pool, 30, bandwidth=0.5, features=0)
+  got = run(4)
   assert_allclose(got.score, wanted, rtol=1e-4, atol=1e-5)
   assert list(got.rows) == list(np.argsort(-wanted)[:30])
   # The published pseudo-code, S in place of 1 / S, would keep others.
-  wrong = np.log(f) - np.log(-np.log(u))
-  assert len(set(got.rows) & set(np.argsort(-wrong)[:30])) < 25
+  wrong = np.argsort(-(np.log(f) + gumbel))[:30]
+  assert len(set(got.rows) & set(wrong)) < 25
   rank = f.argsort().argsort() / 150
-  mean = np.mean(
-    [
-      rank[
-        SAMPLERS["density"](s, pool, 30, bandwidth=0.5, features=0).rows
-      ].mean()
-      for s in range(10)
-    ]
-  )
+  mean = np.mean([rank[run(s).rows].mean() for s in range(10)])
   assert mean < 0.45  # below the half that a fair draw has
 
 
 def test_random_features_approach_the_exact_density():
-  x = np.float32(by_hand(clusters()))
+  x = np.float32(vectors_of(clusters()))
   exact = density.kernel_density(x, 0.5, 0, 0)
   for features in (256, 4096):
     error = [
@@ -130,43 +87,35 @@ def test_random_features_approach_the_exact_density():
 
 
 def test_density_draws_by_one_over_the_density():
-  """Over many seeds, a row comes first as often as its weight says."""
-  pool = make_pools.make(1, 5)
+  """Over many seeds, a row comes first as often as its weight."""
   x = np.array([[1, 0], [1, 0.1], [1, 0.2], [0, 1], [-1, 0]], np.float32)
-  pool = with_columns(pool, embedding=x[:, None])
-  unit = x / np.linalg.norm(x, axis=1, keepdims=True)
-  weight = 1 / naive_density(np.float64(unit), 0.7)
-  first = [
-    SAMPLERS["density"](s, pool, 1, bandwidth=0.7, features=0).rows[0]
-    for s in range(400)
-  ]
-  share = np.bincount(first, minlength=5) / 400
-  assert abs(share - weight / weight.sum()).max() < 0.08
+  pool = with_columns(make_pools.make(1, 5), embedding=x[:, None])
+  weight = 1 / naive_density(vectors_of(pool), 0.7)
+  run = lambda s: SAMPLERS["density"](s, pool, 1, bandwidth=0.7, features=0)
+  first = [run(s).rows[0] for s in range(400)]
+  fraction = np.bincount(first, minlength=5) / 400
+  assert abs(fraction - weight / weight.sum()).max() < 0.08
 
 
 def test_bandwidth():
   pool = clusters()
-  x = by_hand(pool)
+  x = vectors_of(pool)
   distance = np.linalg.norm(x[:, None] - x[None], axis=2)
   median = np.median(distance[np.triu_indices(N, 1)])
-  assert density.median_distance(np.float32(x), pool.ids) == pytest.approx(
-    median
-  )
-  for bad in (0.0, -1.0, "wide", float("nan")):
-    with pytest.raises(ConfigError, match="kwargs.bandwidth"):
-      SAMPLERS["density"](0, pool, 5, bandwidth=bad)
-  for bad in (-1, 0.5, True):
-    with pytest.raises(ConfigError, match="kwargs.features"):
-      SAMPLERS["density"](0, pool, 5, features=bad)
+  got = density.median_distance(np.float32(x), pool.ids)
+  assert got == pytest.approx(median)
+  for knob, bad in (
+    *(("bandwidth", bad) for bad in (0.0, -1.0, "wide", float("nan"))),
+    *(("features", bad) for bad in (-1, 0.5, True)),
+  ):
+    with pytest.raises(ConfigError, match=f"kwargs.{knob}"):
+      SAMPLERS["density"](0, pool, 5, **{knob: bad})
 
 
 def test_exact_density_says_that_it_cannot_scale(monkeypatch):
   monkeypatch.setattr(density, "EXACT_ROWS", 100)
   with pytest.raises(ConfigError, match="300, is above the 100.*features"):
     SAMPLERS["density"](0, clusters(), 5, features=0)
-
-
-# k-center.
 
 
 def naive_k_center(x, first, m):
@@ -183,7 +132,7 @@ def naive_k_center(x, first, m):
 def test_k_center_equals_the_loop(active, pair, monkeypatch):
   monkeypatch.setattr(geometric, "ACTIVE", active)
   pool = clusters()
-  x = by_hand(pool, pair)
+  x = vectors_of(pool, pair)
   first = int(topk.uniform(3, pool.ids, "k_center").argmax())
   got = SAMPLERS["k_center"](3, pool, 120, pair=pair)
   wanted = naive_k_center(x, first, 120)
@@ -205,17 +154,15 @@ def test_k_center_tells_apart_what_float32_cannot():
   x[1:, 1] = np.arange(6) / 2.0**16
   for turn in range(6):
     ids = np.array([f"r{(i * 5 + turn) % 7}" for i in range(7)])
-    rows_, score = geometric.farthest_first(x, ids, 2, 0)
-    assert rows_.tolist() == [0, 6]
+    rows, score = geometric.farthest_first(x, ids, 2, 0)
+    assert rows.tolist() == [0, 6]
     assert_allclose(score[6], np.sqrt(1 + 25 / 2.0**32), rtol=1e-15)
 
 
 @pytest.mark.parametrize("active", [8, 1024])
 def test_k_center_takes_copies_last_and_by_their_hash(active, monkeypatch):
   monkeypatch.setattr(geometric, "ACTIVE", active)
-  pool = clusters(n=60)
-  x = np.repeat(pool.embedding[:20], 3, axis=0)
-  pool = with_columns(pool, embedding=x)
+  pool = copied(clusters(n=60), 20, 3)
   got = SAMPLERS["k_center"](0, pool, 40)
   assert len(set(got.rows[:20] // 3)) == 20
   hashes = topk.id_hash(pool.ids)
@@ -223,9 +170,6 @@ def test_k_center_takes_copies_last_and_by_their_hash(active, monkeypatch):
   assert list(got.rows[20:]) == rest[:20]
   for i in got.rows[1:20]:  # of three copies, the one with the least hash
     assert hashes[i] == hashes[i // 3 * 3 : i // 3 * 3 + 3].min()
-
-
-# Herding.
 
 
 def naive_herding(x, m):
@@ -246,22 +190,18 @@ def test_herding_equals_the_loop(active, metric, on_host, monkeypatch):
   monkeypatch.setattr(geometric, "ACTIVE", active)
   monkeypatch.setattr(geometric, "_on_host", lambda: on_host)
   pool = clusters()
-  x = by_hand(pool, "mean", metric)
+  x = vectors_of(pool, "mean", metric)
   got = SAMPLERS["herding"](0, pool, 150, metric=metric)
   assert list(got.rows) == naive_herding(x, 150)
   # What it is for: the mean of the chosen follows the mean of the pool.
-  mean = x.mean(0)
-  gap = np.linalg.norm(x[got.rows[:30]].mean(0) - mean)
-  fair = [
-    np.linalg.norm(x[SAMPLERS["random"](s, pool, 30).rows].mean(0) - mean)
-    for s in range(20)
-  ]
-  assert gap < np.mean(fair) / 2
+  gap = lambda rows: np.linalg.norm(x[rows].mean(0) - x.mean(0))
+  fair = [gap(SAMPLERS["random"](s, pool, 30).rows) for s in range(20)]
+  assert gap(got.rows[:30]) < np.mean(fair) / 2
 
 
 def test_herding_in_a_gaussian_kernel():
   pool = clusters()
-  x = np.float32(by_hand(pool))
+  x = np.float32(vectors_of(pool))
   h = density.median_distance(x, pool.ids)
   angle = np.float64(x) @ density.frequencies(1, W, 64, h).T
   phi = np.concatenate([np.cos(angle), np.sin(angle)], axis=1) / 8
@@ -270,19 +210,12 @@ def test_herding_in_a_gaussian_kernel():
 
 
 def test_herding_of_copies_follows_the_hash():
-  pool = clusters(n=40)
-  x = np.repeat(pool.embedding[:20], 2, axis=0)
-  pool = with_columns(pool, embedding=x)
+  pool = copied(clusters(n=40), 20, 2)
   got = SAMPLERS["herding"](0, pool, 12)
-  hashes = topk.id_hash(pool.ids)
-  seen = set()
+  hashes, seen = topk.id_hash(pool.ids), set()
   for i in got.rows:
-    twin = i ^ 1
-    assert hashes[i] < hashes[twin] or twin in seen
+    assert hashes[i] < hashes[i ^ 1] or i ^ 1 in seen
     seen.add(i)
-
-
-# REAL.
 
 
 def test_real_keeps_the_pairs_that_are_least_alike():
@@ -292,9 +225,7 @@ def test_real_keeps_the_pairs_that_are_least_alike():
     pool, answer_embedding=pool.embedding, embedding=pool.answer_embedding
   )
   a, b = np.float64(pool.answer_embedding).transpose(1, 0, 2)
-  cosine = np.array(
-    [(p @ q) / np.sqrt((p @ p) * (q @ q)) for p, q in zip(a, b)]
-  )
+  cosine = (a * b).sum(1) / np.sqrt((a * a).sum(1) * (b * b).sum(1))
   got = SAMPLERS["real"](0, pool, 60)
   assert_allclose(got.score, 1 - cosine, rtol=1e-4, atol=1e-6)
   assert set(got.rows) == set(np.argsort(cosine)[:60])
@@ -302,9 +233,6 @@ def test_real_keeps_the_pairs_that_are_least_alike():
   assert set(low.rows) == set(np.argsort(-cosine)[:60])
   far = SAMPLERS["real"](0, pool, 60, metric="euclidean")
   assert_allclose(far.score, np.linalg.norm(a - b, axis=1), rtol=1e-5)
-
-
-# Of all samplers that read an embedding.
 
 
 @pytest.mark.parametrize(
@@ -323,24 +251,21 @@ def test_any_mesh_gives_the_same_rows_and_the_same_bits(
 ):
   monkeypatch.setattr(geometric, "_on_host", lambda: False)
   pool = clusters(n=400, width=32)
-  found = []
-  for shape in ((1, 1), (2, 1), (4, 2)):
-    mesh = sharding.make_mesh(
-      dict(fsdp=shape[0], tensor=shape[1]), jax.devices()[: shape[0] * shape[1]]
-    )
+  got = []
+  for fsdp, tensor in ((1, 1), (2, 1), (4, 2)):
+    axes = dict(fsdp=fsdp, tensor=tensor)
+    mesh = sharding.make_mesh(axes, jax.devices()[: fsdp * tensor])
     with jax.set_mesh(mesh):
-      found.append(SAMPLERS[name](0, pool, 60, **kwargs))
-  for other in found[1:]:
-    assert_array_equal(other.rows, found[0].rows)
-    assert_array_equal(other.score, found[0].score)
+      got.append(SAMPLERS[name](0, pool, 60, **kwargs))
+  for other in got[1:]:
+    assert_array_equal(other.rows, got[0].rows)
+    assert_array_equal(other.score, got[0].score)
 
 
 @pytest.mark.parametrize("name", GEOMETRIC)
-def test_copies_of_rows_are_told_apart_by_the_hash_not_the_place(name):
+def test_copies_of_rows_are_chosen_by_the_hash_not_the_place(name):
   """The same embeddings under other ids: the picks move with the hashes."""
-  pool = clusters(n=80)
-  x = np.repeat(pool.embedding[:10], 8, axis=0)
-  got = SAMPLERS[name](0, with_columns(pool, embedding=x), 40)
+  got = SAMPLERS[name](0, copied(clusters(n=80), 10, 8), 40)
   kept = np.zeros(80, bool)
   kept[got.rows] = True
   # Were copies taken in their order, no later copy would be kept alone.

@@ -4,28 +4,30 @@ import jax
 import numpy as np
 from numpy.testing import assert_allclose, assert_array_equal
 import pools as make_pools
-from pools import with_columns
+from pools import clusters, copied, planted, vectors_of, with_columns
 import pytest
-from test_samplers_geometric import by_hand
-from test_samplers_geometric import clusters as make_clusters
 
 from jaxalign.core.errors import ConfigError
-from jaxalign.select import topk
-from jaxalign.select.samplers import chains, dedup, kmeans, SAMPLERS, submodular
+from jaxalign.select import chunks, topk
+from jaxalign.select.samplers import (
+  chains,
+  dedup,
+  kmeans,
+  SAMPLERS,
+  submodular,
+  vectors,
+)
 
 N = 240
+GREEDY = ["k_center", "herding", "facility_location", "dpp", "deita"]
 
 
-# k-means.
-
-
-def test_assign_is_the_nearest_centre_over_blocks_of_centres():
+def test_assign_is_the_nearest_centre_over_chunks_of_centres():
   rng = np.random.default_rng(0)
   x = rng.normal(size=(500, 6)).astype(np.float32)
-  centres = rng.normal(size=(300, 6))  # more than one block
+  centres = rng.normal(size=(300, 6))  # more than one chunk
   wanted = ((np.float64(x)[:, None] - centres[None]) ** 2).sum(2).argmin(1)
-  got = kmeans.assign(kmeans.vectors.place(x), centres)
-  assert_array_equal(got, wanted)
+  assert_array_equal(kmeans.assign(chunks.place(x), centres), wanted)
 
 
 def test_k_means_finds_blobs_and_is_lloyds_fixed_point():
@@ -40,15 +42,12 @@ def test_k_means_finds_blobs_and_is_lloyds_fixed_point():
     for k in range(4):
       assert_allclose(centres[k], np.float64(x[labels == k]).mean(0), atol=1e-5)
     cost.append(((x - centres[labels]) ** 2).sum())
-  assert min(cost) == pytest.approx(
-    sum(((x[truth == k] - x[truth == k].mean(0)) ** 2).sum() for k in range(4)),
-    rel=1e-4,
+  best = sum(
+    400 * x[truth == k].var(0).sum() * (truth == k).mean() for k in range(4)
   )
+  assert min(cost) == pytest.approx(best, rel=1e-4)
   with pytest.raises(ConfigError, match="401 clusters of 400"):
     kmeans.k_means(x, ids, 401, 0)
-
-
-# Facility location.
 
 
 def least_hash(rows, ids):
@@ -78,42 +77,19 @@ def naive_facility(x, m, ids):
 @pytest.mark.parametrize("metric", ["cosine", "centred"])
 def test_facility_location_equals_plain_greedy(cache, metric, monkeypatch):
   monkeypatch.setattr(submodular, "_CACHE", cache)
-  monkeypatch.setattr(submodular, "_BLOCK", 16 if cache < 4000 else 256)
-  pool = make_clusters(N)
-  x = by_hand(pool, "mean", metric)
+  monkeypatch.setattr(submodular, "_TOGETHER", 40 if cache < 4000 else 256)
+  pool = clusters(N)
+  x = vectors_of(pool, "mean", metric)
   wanted, gains = naive_facility(x, 60, pool.ids)
   got = SAMPLERS["facility_location"](0, pool, 60, metric=metric)
   assert list(got.rows) == wanted
-  rows, found = submodular.lazy_greedy(np.float32(x), pool.ids, 60)
-  assert_allclose(found, gains, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("cache", [2**26, 3000])
-def test_what_gains_lose_is_folded_over_the_rows_covered_better(
-  cache, monkeypatch
-):
-  monkeypatch.setattr(submodular, "_CACHE", cache)
-  pool = make_clusters(N)
-  x = by_hand(pool)
-  state = submodular._Coverage(np.float32(x))
-  cosine = x @ x.T
-  gain = lambda covered: np.maximum(cosine - covered, 0).sum(1)
-  before = gain(np.full(N, -1.0))
-  assert_allclose(state.gains(np.arange(N)), before, rtol=1e-5)
-  for chosen in ([3], [3, 8, 120]):
-    for row in chosen:
-      state.take(row)
-    after = gain(cosine[chosen].max(0))
-    folded = state.fold()
-    assert_allclose(folded, before - after, rtol=2e-5, atol=1e-4)
-    assert not state.changed().size and not state.fold().any()
-    assert_allclose(state.gains(np.arange(N)), after, rtol=1e-5, atol=1e-4)
-    before = after
+  _, gained = submodular.lazy_greedy(np.float32(x), pool.ids, 60)
+  assert_allclose(gained, gains, rtol=1e-4, atol=1e-4)
 
 
 def test_stochastic_greedy_takes_the_best_of_its_candidates():
-  pool = make_clusters(N)
-  x = by_hand(pool)
+  pool = clusters(N)
+  x = vectors_of(pool)
   s = (1 + x @ x.T) / 2
   m, epsilon = 30, 0.1
   rows, gains = submodular.stochastic_greedy(
@@ -128,9 +104,9 @@ def test_stochastic_greedy_takes_the_best_of_its_candidates():
       again = np.argsort(topk.id_hash(pool.ids, f"facility:5:{turn}"))
       queue += [i for i in again if i not in chosen and i not in queue]
       turn += 1
-    asked, queue = queue[:few], queue[few:]
-    gain = [np.maximum(s[j] - covered, 0).sum() for j in asked]
-    chosen.append(int(asked[int(np.argmax(gain))]))
+    candidates, queue = queue[:few], queue[few:]
+    gain = [np.maximum(s[j] - covered, 0).sum() for j in candidates]
+    chosen.append(int(candidates[int(np.argmax(gain))]))
     covered = np.maximum(covered, s[chosen[-1]])
   assert list(rows) == chosen
   exact = sum(naive_facility(x, m, pool.ids)[1])
@@ -139,38 +115,29 @@ def test_stochastic_greedy_takes_the_best_of_its_candidates():
   assert list(got.rows) == chosen
 
 
-@pytest.mark.parametrize(
-  "name", ["facility_location", "dpp", "k_center", "herding", "deita"]
-)
+@pytest.mark.parametrize("name", GREEDY)
 def test_blocks_run_inside_clusters_with_their_share(name):
-  pool = make_clusters(N)
-  x = np.float32(by_hand(pool))
+  pool = clusters(N)
+  x = np.float32(vectors_of(pool))
   got = SAMPLERS[name](0, pool, 50, blocks=4)
   labels, _ = kmeans.k_means(x, pool.ids, 4, 0)
   kept = np.bincount(labels[got.rows], minlength=4)
   assert (abs(kept - np.bincount(labels) * 50 / N) < 1).all()
-  if name == "facility_location":
-    for k in range(4):
-      rows = np.flatnonzero(labels == k)
-      wanted, _ = naive_facility(np.float64(x[rows]), kept[k], pool.ids[rows])
-      assert [i for i in got.rows if labels[i] == k] == list(rows[wanted])
-  # By turns: each pick stands in the middle of its part of a block's share.
+  # By turns: each pick stands in the middle of its place in a block's share.
   turn, when = np.zeros(4, int), []
-  for i in got.rows:
-    when.append((turn[labels[i]] + 0.5) / kept[labels[i]])
-    turn[labels[i]] += 1
-  assert list(np.lexsort((topk.id_hash(pool.ids[got.rows]), when))) == list(
-    range(50)
-  )
+  for k in labels[got.rows]:
+    when.append((turn[k] + 0.5) / kept[k])
+    turn[k] += 1
+  order = np.lexsort((topk.id_hash(pool.ids[got.rows]), when))
+  assert list(order) == list(range(50))
   assert_allclose(got.score[got.rows], 1 - np.arange(50) / 50)
   assert not np.delete(got.score, got.rows).any()
-  if name in ("k_center", "herding", "deita"):
-    # What the method itself picks of the cluster's rows alone.
-    for k in range(4):
-      rows = np.flatnonzero(labels == k)
-      part = chains.take(pool, rows)
-      alone = SAMPLERS[name](0, part, int(kept[k]))
-      assert [i for i in got.rows if labels[i] == k] == list(rows[alone.rows])
+  more = dict(bandwidth=1.3) if name == "dpp" else {}
+  got = SAMPLERS[name](0, pool, 50, blocks=4, **more)
+  for k in range(4):  # what the method itself picks of the cluster alone
+    rows = np.flatnonzero(labels == k)
+    alone = SAMPLERS[name](0, chains.take(pool, rows), int(kept[k]), **more)
+    assert [i for i in got.rows if labels[i] == k] == list(rows[alone.rows])
 
 
 def test_a_cluster_above_twice_the_mean_is_dealt_out_by_the_hash():
@@ -179,7 +146,7 @@ def test_a_cluster_above_twice_the_mean_is_dealt_out_by_the_hash():
   got = kmeans.split_large(labels, ids, kmeans.most_rows(9000, 4))
   assert kmeans.most_rows(9000, 4) == 4500
   assert kmeans.most_rows(9000, 90) == kmeans.SMALL
-  # 8,100 rows are two pieces of 4,050, by turns in the order of the hashes.
+  # 8,100 rows become two times 4,050, by turns in the order of the hashes.
   assert_array_equal(got[labels < 3], labels[labels < 3])
   large = np.flatnonzero(labels == 3)
   turn = np.argsort(np.argsort(topk.id_hash(ids[large])))
@@ -198,21 +165,21 @@ def test_a_cluster_above_twice_the_mean_is_dealt_out_by_the_hash():
 def test_blocks_of_copies_stay_below_twice_the_mean(monkeypatch):
   """Four fifths of the rows are one: k-means puts them into one cluster."""
   monkeypatch.setattr(kmeans, "SMALL", 1)
-  pool = make_clusters(N)
+  pool = clusters(N)
   x = pool.embedding.copy()
   x[np.arange(N) % 5 > 0] = x[1]
   pool = with_columns(pool, embedding=x)
-  seen = []
-  greedy = submodular.lazy_greedy
-  monkeypatch.setattr(
-    submodular,
-    "lazy_greedy",
-    lambda part, ids, m: (seen.append(len(part)), greedy(part, ids, m))[1],
-  )
+  seen, greedy = [], submodular.lazy_greedy
+
+  def counted(x, ids, m):
+    seen.append(len(x))
+    return greedy(x, ids, m)
+
+  monkeypatch.setattr(submodular, "lazy_greedy", counted)
   got = SAMPLERS["facility_location"](0, pool, 60, blocks=8)
   assert max(seen) <= 60 and sum(seen) == N and len(set(got.rows)) == 60
   # The DPP's numbers are those of the largest block, a quarter of its rows
-  # picked; not 240 x 60 in 64 parts.
+  # picked; not 240 x 60 / 64.
   most = max(seen) * round(max(seen) / 4)
   monkeypatch.setattr(submodular, "DPP_NUMBERS", most - 1)
   with pytest.raises(ConfigError, match=f"N x M, {most}, .*blocks"):
@@ -221,59 +188,47 @@ def test_blocks_of_copies_stay_below_twice_the_mean(monkeypatch):
   SAMPLERS["dpp"](0, pool, 60, blocks=8, bandwidth=1.0)
 
 
-CALLS = [  # flops of 5 picks of 240 rows of 12 numbers
-  ("k_center", {}, 2 * N * 5 * 12),
-  ("herding", {}, 2 * N * 5 * 12),
-  ("herding", dict(features=30), 2 * N * 5 * 60),
-  ("deita", {}, 2 * N * 5 * 12),
-  ("facility_location", {}, 2 * N * N * 12),
-  ("facility_location", dict(exact=False), 2 * N * N * 12 * np.log(20)),
-  (
-    "facility_location",
-    dict(exact=False, epsilon=0.5),
-    2 * N * N * 12 * np.log(2),
-  ),
-  ("dpp", {}, N * 25 + 2 * N * 5 * 12),
-  ("density", dict(features=0), 2 * N * N * 12),
-  ("semdedup", dict(clusters=1), N * N * 12),
-]
-
-
-@pytest.mark.parametrize("name,kwargs,flops", CALLS)
+@pytest.mark.parametrize(
+  "name,kwargs,host,flops",  # of 5 picks of 240 rows of 12 numbers
+  [
+    ("k_center", {}, False, 2 * N * 5 * 12),
+    ("herding", {}, True, 2 * N * 5 * 12),
+    ("herding", dict(features=30), True, 2 * N * 5 * 60),
+    ("deita", {}, True, 2 * N * 5 * 12),
+    ("facility_location", {}, True, 2 * N * N * 12),
+    (
+      "facility_location",
+      dict(exact=False, epsilon=0.5),
+      False,
+      2 * N * N * 12 * np.log(2),
+    ),
+    ("dpp", {}, True, N * 25 + 2 * N * 5 * 12),
+    ("density", dict(features=0), False, 2 * N * N * 12),
+    ("semdedup", dict(clusters=1), True, N * N * 12),
+  ],
+)
 def test_what_takes_days_says_so_before_it_starts(
-  name, kwargs, flops, monkeypatch
+  name, kwargs, host, flops, monkeypatch
 ):
-  pool = make_clusters(N)
-  rows = kmeans.vectors
-  monkeypatch.setattr(rows.devices, "CPU", 1000.0)
-  host = name in ("dpp", "deita", "semdedup", "herding") or (
-    name == "facility_location" and "exact" not in kwargs
-  )
-  rate = 1000 * (1 if host else len(jax.devices()))
-  hours = flops / rate / 3600
-  monkeypatch.setattr(rows, "HOURS", hours * 1.001)
+  pool = clusters(N)
+  monkeypatch.setattr(vectors.devices, "CPU", 1000.0)
+  hours = flops / (1000 * (1 if host else len(jax.devices()))) / 3600
+  monkeypatch.setattr(vectors, "HOURS", hours * 1.001)
   SAMPLERS[name](0, pool, 5, **kwargs)
-  monkeypatch.setattr(rows, "HOURS", hours / 1.001)
-  with pytest.raises(
-    ConfigError,
-    match=(f"{hours:,.0f} hours, {flops:.3g} flops".replace("+", ".")),
-  ):
-    SAMPLERS[name](0, pool, 5, **kwargs)
+  monkeypatch.setattr(vectors, "HOURS", hours / 1.001)
   # Its blocked form is offered, and does with less.
   less = {"density": dict(features=4), "semdedup": dict(clusters=20)}.get(
     name, dict(blocks=6)
   )
-  SAMPLERS[name](0, pool, 5, **kwargs | less)
-  try:
+  message = f"{hours:,.0f} hours, {flops:.3g} flops".replace("+", ".")
+  with pytest.raises(ConfigError, match=f"{message}.*{next(iter(less))}"):
     SAMPLERS[name](0, pool, 5, **kwargs)
-  except ConfigError as error:
-    assert all(word in str(error) for word in less)
+  SAMPLERS[name](0, pool, 5, **kwargs | less)
 
 
 def test_what_runs_in_days_by_default():
   """30 GFLOP/s for a day: a million rows of 384 numbers, a tenth kept."""
-  rows = kmeans.vectors
-  assert rows.HOURS == 24
+  assert vectors.HOURS == 24
   check = kmeans.refuse_long_picks("k_center", 384, host=True)
   check(1_000_000, 100_000)
   with pytest.raises(
@@ -288,7 +243,7 @@ def test_what_runs_in_days_by_default():
 
 
 def test_what_is_refused(monkeypatch):
-  pool = make_clusters(N)
+  pool = clusters(N)
   monkeypatch.setattr(submodular, "DPP_NUMBERS", 1000)
   with pytest.raises(ConfigError, match="N x M, 1.2e.03, .*blocks"):
     SAMPLERS["dpp"](0, pool, 5)
@@ -298,22 +253,26 @@ def test_what_is_refused(monkeypatch):
       SAMPLERS["facility_location"](0, pool, 5, **bad)
 
 
-# DPP.
+@pytest.mark.parametrize("blocks", [0, 4])
+@pytest.mark.parametrize(
+  "name,kwargs",
+  [*((n, {}) for n in GREEDY), ("facility_location", dict(exact=False))],
+)
+def test_a_budget_of_nothing_is_an_empty_selection(name, kwargs, blocks):
+  got = SAMPLERS[name](0, clusters(60), 0, blocks=blocks, **kwargs)
+  assert got.rows.shape == (0,) and got.rows.dtype == np.int64
+  assert got.score.shape == (60,) and np.isfinite(got.score).all()
 
 
 def naive_dpp(kernel, m, ids):
   """Greedy over determinants, from the definition."""
+  log_det = lambda rows: np.linalg.slogdet(kernel[np.ix_(rows, rows)])[1]
   chosen, gained = [], []
   for _ in range(m):
-    before = (
-      np.linalg.slogdet(kernel[np.ix_(chosen, chosen)])[1] if (chosen) else 0.0
-    )
+    before = log_det(chosen) if chosen else 0.0
     value = np.full(len(kernel), -np.inf)
-    for i in range(len(kernel)):
-      if i not in chosen:
-        value[i] = np.linalg.slogdet(
-          kernel[np.ix_(chosen + [i], chosen + [i])]
-        )[1]
+    for i in np.setdiff1d(np.arange(len(kernel)), chosen):
+      value[i] = log_det([*chosen, i])
     gained.append(np.exp(value.max() - before))
     chosen.append(least_hash(np.flatnonzero(value >= value.max() - 1e-9), ids))
   return chosen, gained
@@ -321,8 +280,8 @@ def naive_dpp(kernel, m, ids):
 
 @pytest.mark.parametrize("quality", ["", "reward"])
 def test_dpp_equals_greedy_over_determinants(quality):
-  pool = make_clusters(60)
-  x = by_hand(pool)
+  pool = clusters(60)
+  x = vectors_of(pool)
   z = pool.reward[:, 0]
   q = np.exp(0.8 * (z - z.mean()) / z.std()) if quality else np.ones(60)
   distance = ((x[:, None] - x[None]) ** 2).sum(2)
@@ -333,10 +292,8 @@ def test_dpp_equals_greedy_over_determinants(quality):
   assert_allclose(got.score[wanted], gained, rtol=1e-4)
   # Of the others: what the picks leave of them, a Schur complement.
   rest = np.setdiff1d(np.arange(60), wanted)
-  by = kernel[np.ix_(rest, wanted)]
-  left = kernel[rest, rest] - (
-    by * np.linalg.solve(kernel[np.ix_(wanted, wanted)], by.T).T
-  ).sum(1)
+  by, inside = kernel[np.ix_(rest, wanted)], kernel[np.ix_(wanted, wanted)]
+  left = kernel[rest, rest] - (by * np.linalg.solve(inside, by.T).T).sum(1)
   assert_allclose(got.score[rest], left, rtol=1e-3, atol=1e-6)
   if quality:
     plain = SAMPLERS["dpp"](0, pool, 15, bandwidth=1.5)
@@ -344,9 +301,7 @@ def test_dpp_equals_greedy_over_determinants(quality):
 
 
 def test_dpp_goes_on_by_quality_where_nothing_is_left_to_explain():
-  pool = make_clusters(40)
-  x = np.repeat(pool.embedding[:8], 5, axis=0)
-  pool = with_columns(pool, embedding=x)
+  pool = copied(clusters(40), 8, 5)
   got = SAMPLERS["dpp"](0, pool, 20, quality="reward", bandwidth=0.3)
   assert len(set(got.rows[:8] // 5)) == 8
   reward = pool.reward[:, 0]
@@ -356,44 +311,19 @@ def test_dpp_goes_on_by_quality_where_nothing_is_left_to_explain():
   assert list(got.rows[8:]) == rest[:12]
 
 
-# SemDeDup and DEITA.
-
-
-def planted(n=N):
-  """A pool in which every third row is a near-copy of the one before it."""
-  pool = make_pools.make(2, n, width=16)
-  x = pool.embedding.copy()
-  x[2::3] = x[1::3] + 0.02 * x[2::3]
-  return with_columns(pool, embedding=x)
-
-
-@pytest.mark.parametrize("blocks", [0, 4])
-@pytest.mark.parametrize(
-  "name", ["k_center", "herding", "facility_location", "dpp", "deita"]
-)
-def test_a_budget_of_nothing_is_an_empty_selection(name, blocks):
-  more = [{}, dict(exact=False)] if name == "facility_location" else [{}]
-  for kwargs in more:
-    got = SAMPLERS[name](0, make_clusters(60), 0, blocks=blocks, **kwargs)
-    assert got.rows.shape == (0,) and got.rows.dtype == np.int64
-    assert got.score.shape == (60,) and np.isfinite(got.score).all()
-
-
 def test_copies_beyond_a_clusters_size_are_all_found(monkeypatch, capsys):
   """Four fifths of the rows are copies of one, in a cluster of 400."""
   monkeypatch.setattr(kmeans, "SMALL", 1)
   monkeypatch.setattr(dedup, "_TILE", 8)
   n = 500
   pool = make_pools.make(2, n, width=16)
-  x = pool.embedding.copy()
-  copied = np.arange(n) % 5 > 0
-  x[copied] = x[1]
-  pool = with_columns(pool, embedding=x)
-  unit = np.float32(by_hand(pool))
+  x, copies = pool.embedding.copy(), np.arange(n) % 5 > 0
+  x[copies] = x[1]
+  unit = np.float32(vectors_of(with_columns(pool, embedding=x)))
   got = dedup.most_alike(unit, pool.ids, 10, 0)
-  first = np.flatnonzero(copied)[topk.id_hash(pool.ids[copied]).argmin()]
-  lost = np.setdiff1d(np.flatnonzero(copied), [first])
-  assert (got[lost] == 1).all() and (np.delete(got, lost) < 0.999).all()
+  first = least_hash(np.flatnonzero(copies), pool.ids)
+  dropped = np.setdiff1d(np.flatnonzero(copies), [first])
+  assert (got[dropped] == 1).all() and (np.delete(got, dropped) < 0.999).all()
   # As if nothing had been cut: the loop over all rows of a cluster.
   assert "before it only" not in capsys.readouterr().out
   monkeypatch.setattr(kmeans, "SMALL", n)
@@ -404,12 +334,13 @@ def test_a_row_of_a_large_cluster_is_compared_with_those_before(
   monkeypatch, capsys
 ):
   pool = planted()
-  x = by_hand(pool)
+  x = vectors_of(pool)
   tile, most = 4, 12
   monkeypatch.setattr(dedup, "_TILE", tile)
-  whole = dedup.most_alike(np.float32(x), pool.ids, 3, 0)
+  run = lambda: dedup.most_alike(np.float32(x), pool.ids, 3, 0)
+  whole = run()
   monkeypatch.setattr(kmeans, "most_rows", lambda n, k: most)
-  got = dedup.most_alike(np.float32(x), pool.ids, 3, 0)
+  got = run()
   labels, centres = kmeans.k_means(np.float32(x), pool.ids, 3, 0)
   wanted = np.empty(N)
   for k in range(3):
@@ -420,20 +351,18 @@ def test_a_row_of_a_large_cluster_is_compared_with_those_before(
       wanted[i] = max([x[i] @ x[j] for j in rows[first:place]], default=-1)
   assert_allclose(got, wanted, atol=2e-6)
   assert (got <= whole).all() and (got < whole - 0.01).any()
-  # Near-copies are as typical as each other: few are lost.
+  # Near-copies are as typical as each other: few are missed.
   near = whole > 0.99
   assert near.sum() > 60 and (got[near] > 0.99).mean() > 0.8
   assert "240 rows lie in clusters of more than 12:" in capsys.readouterr().out
-  # And that is what is asked of the hours: 240 rows with 12 before each.
-  rows, flops = kmeans.vectors, 2 * 240 * 12 * x.shape[1]
-  monkeypatch.setattr(rows.devices, "CPU", 1.0)
-  for factor in (1.001, 1 / 1.001):
-    monkeypatch.setattr(rows, "HOURS", flops / 3600 * factor)
-    if factor > 1:
-      dedup.most_alike(np.float32(x), pool.ids, 3, 0)
-    else:
-      with pytest.raises(ConfigError, match="set clusters to 'auto'"):
-        dedup.most_alike(np.float32(x), pool.ids, 3, 0)
+  # And that is what the hours count: 240 rows with 12 before each.
+  hours = 2 * 240 * 12 * x.shape[1] / 3600
+  monkeypatch.setattr(vectors.devices, "CPU", 1.0)
+  monkeypatch.setattr(vectors, "HOURS", hours * 1.001)
+  run()
+  monkeypatch.setattr(vectors, "HOURS", hours / 1.001)
+  with pytest.raises(ConfigError, match="set clusters to 'auto'"):
+    run()
 
 
 @pytest.mark.parametrize("count", [1, 5])
@@ -441,31 +370,26 @@ def test_a_row_of_a_large_cluster_is_compared_with_those_before(
 def test_semdedup_equals_the_loop(count, tile, monkeypatch):
   monkeypatch.setattr(dedup, "_TILE", tile)
   pool = planted()
-  x = by_hand(pool)
+  x = vectors_of(pool)
   labels, centres = kmeans.k_means(np.float32(x), pool.ids, count, 3)
   wanted = np.empty(N)
   for i in range(N):
     centre = centres[labels[i]] / np.linalg.norm(centres[labels[i]])
-    earlier = [
-      j
-      for j in range(N)
-      if labels[j] == labels[i] and x[j] @ centre < x[i] @ centre
-    ]
-    wanted[i] = max([x[i] @ x[j] for j in earlier], default=-1)
+    typical = x @ centre
+    earlier = (labels == labels[i]) & (typical < typical[i])
+    wanted[i] = (x[earlier] @ x[i]).max(initial=-1)
   got = SAMPLERS["semdedup"](3, pool, 150, clusters=count)
   assert_allclose(got.score, -wanted, atol=2e-6)
   if count == 1:  # one of each planted two is dropped first
-    lost = np.setdiff1d(
-      np.arange(N), SAMPLERS["semdedup"](3, pool, 160, clusters=1).rows
-    )
-    assert len(lost) == 80 and len(set(lost // 3)) == 80
-    assert (lost % 3 != 0).all()
+    kept = SAMPLERS["semdedup"](3, pool, 160, clusters=1).rows
+    dropped = np.setdiff1d(np.arange(N), kept)
+    assert len(dropped) == 80 and len(set(dropped // 3)) == 80
+    assert (dropped % 3 != 0).all()
 
 
 def test_semdedup_keeps_the_lowest_hash_of_exact_copies():
-  pool = make_pools.make(2, 60)
-  x = np.repeat(pool.embedding[:20], 3, axis=0)
-  got = SAMPLERS["semdedup"](0, with_columns(pool, embedding=x), 20, clusters=1)
+  pool = copied(make_pools.make(2, 60), 20, 3)
+  got = SAMPLERS["semdedup"](0, pool, 20, clusters=1)
   hashes = topk.id_hash(pool.ids).reshape(20, 3)
   assert set(got.rows) == set(np.arange(20) * 3 + hashes.argmin(1))
   for bad in ("many", 0, 61):
@@ -478,10 +402,8 @@ def naive_diverse(score, x, m, threshold):
   for i in np.argsort(-score):
     if len(kept) == m:
       break
-    if max([x[i] @ x[j] for j in kept], default=-1) < threshold:
-      kept.append(int(i))
-    else:
-      passed.append(int(i))
+    alike = max([x[i] @ x[j] for j in kept], default=-1)
+    (kept if alike < threshold else passed).append(int(i))
   return kept + passed[: m - len(kept)], len(kept)
 
 
@@ -490,8 +412,9 @@ def naive_diverse(score, x, m, threshold):
 def test_deita_equals_the_loop(tile, threshold, m, monkeypatch):
   monkeypatch.setattr(dedup, "_TILE", tile)
   pool = planted()
-  x = by_hand(pool)
-  wanted, alone = naive_diverse(pool.reward[:, 0], x, m, threshold)
+  wanted, alone = naive_diverse(
+    pool.reward[:, 0], vectors_of(pool), m, threshold
+  )
   got = SAMPLERS["deita"](0, pool, m, threshold=threshold)
   assert list(got.rows) == wanted
   assert (alone < m) == (m == 90)  # the last case makes up the number

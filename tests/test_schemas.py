@@ -334,6 +334,12 @@ def test_all_the_ways_to_write_a_labelled_chat_agree(system):
     assert converted("unpaired", row) == want | dict(group="Hi", turns=ask)
 
 
+def test_prompts_that_differ_are_shown_where_they_do():
+  row = dict(chosen=HH + " a", rejected=HH.replace("Yo", "No") + " b")
+  with pytest.raises(Refused, match="from character 24: 'Yo.* and 'No"):
+    converted("pairs", row)
+
+
 def test_a_system_text_is_the_system_turn_wherever_it_stands():
   want = [KIND, turn("user", "2+2=")]
   for row in (

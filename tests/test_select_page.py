@@ -48,11 +48,8 @@ def make(n=N, sides=2):
   ids = [f"r{i:04d}" for i in range(n)]
   ids[7] = "<b onclick=window.pwned=1>\"7'"
   sources = np.array(["web", "</option><script>window.pwned=1"])
-  columns = {
-    "embedding": x,
-    "length": rng.integers(3, 200, (n, sides)),
-    "source": sources[rng.integers(0, 2, n)],
-  }
+  columns = {"embedding": x, "length": rng.integers(3, 200, (n, sides))}
+  columns["source"] = sources[rng.integers(0, 2, n)]
   if sides == 1:
     columns["label"] = rng.random(n) < 0.4
   pool = make_pool(ids, columns)
@@ -62,14 +59,10 @@ def make(n=N, sides=2):
   texts = {k: [words(k, i) for i in range(n)] for k in SIDES[: sides + 1]}
   score = rng.normal(size=n) * 10.0 ** rng.integers(-6, 6, n)
   score[3] = -np.inf
-  out, table = selection_report.describe(
-    pool,
-    Selection(np.argsort(-score)[:60], score),
-    sampler="isa",
-    texts=texts,
-    diagnostics=DIAGNOSTICS,
-    others=selection_report.alternatives(pool, 60),
-  )
+  selection = Selection(np.argsort(-score)[:60], score)
+  more = dict(diagnostics=DIAGNOSTICS, texts=texts)
+  more["others"] = selection_report.alternatives(pool, 60)
+  out, table = selection_report.describe(pool, selection, "isa", **more)
   out["overlaps"][0]["a"] = "</td><script>"
   return out | dict(sampler="</title><script>", mixture=MIXTURE), table
 
@@ -95,15 +88,13 @@ def read(document):
 @pytest.mark.parametrize("sides", [1, 2])
 def test_the_page_is_closed_and_whole(sides):
   out, table = make(200, sides)
-  with test_report.keys_asked_in_vain() as missing:
+  with test_report.missing_keys() as missing:
     reader = read(select_page.selection_html(out, table))
   # What this selection has not.
   assert missing <= {"component", "reading", "why"}
   # The data and our own script, no other; nothing is fetched.
-  assert [a for t, a in reader.seen if t == "script"] == [
-    {"type": "application/json", "id": "data"},
-    {},
-  ]
+  marked = {"type": "application/json", "id": "data"}
+  assert [a for t, a in reader.seen if t == "script"] == [marked, {}]
   data, code = reader.scripts
   assert code == (page.TEMPLATES / "select.js").read_text()
   found = json.loads(data)
@@ -114,7 +105,7 @@ def test_the_page_is_closed_and_whole(sides):
   assert "unsafe-inline'; script" not in policy
   links = [a["href"] for _, a in reader.seen if "href" in a]
   assert links and all(link.startswith("#") for link in links)
-  # A text says what it said, but for what hides or reorders.
+  # A text is as it was, but for what hides or reorders.
   i = int(np.flatnonzero(table["id"] == "r0000")[0])
   assert found["texts"][0]["at"][i] == visible(table["texts"]["prompt"][i])
   text = " ".join(" ".join(reader.text).split())
@@ -157,17 +148,12 @@ def tab(made, tmp_path_factory):
 
 @pytest.fixture
 def opened(tab):
-  tab.said.clear()
+  tab.messages.clear()
   tab.open(tab.path)
   yield tab
-  assert not tab.said  # no error, no refused resource, no dialog
+  assert not tab.messages  # no error, no refused resource, no dialog
   assert tab.run("window.pwned === undefined")
   assert tab.run("document.querySelectorAll('script').length") == 2
-
-
-def in_view(tab):
-  """The places in the table of the rows drawn, from the top."""
-  return texts(tab, ".line", "Number(e.dataset.row)")
 
 
 def texts(tab, selector, of="e.textContent"):
@@ -177,11 +163,16 @@ def texts(tab, selector, of="e.textContent"):
 
 
 def text(tab, selector):
-  return tab.run(f"document.querySelector({json.dumps(selector)}).textContent")
+  return texts(tab, selector)[0]
 
 
 def click(tab, selector):
   tab.run(f"document.querySelector({json.dumps(selector)}).click()")
+
+
+def in_view(tab):
+  """The places in the table of the rows drawn, from the top."""
+  return texts(tab, ".line", "Number(e.dataset.row)")
 
 
 def every(tab):
@@ -255,7 +246,7 @@ def test_a_click_on_a_head_sorts(opened, made, key):
     assert every(opened) == good + sorted(lost, key=lambda i: rank[i])
 
 
-def test_the_cells_say_what_the_table_says(opened, made):
+def test_the_cells_are_those_of_the_table(opened, made):
   table = made[1]
   cells = texts(opened, ".line", "[...e.children].map(c => c.textContent)")
   for i, row in zip(in_view(opened), cells):
@@ -277,13 +268,11 @@ def test_search_finds_just_the_rows_that_hold_all_words(opened, made, words):
   table = made[1]
   search(opened, words)
   lower = lambda text: unicodedata.normalize("NFC", text).lower()
-  wanted = set()
-  for i in range(N):
-    parts = [table["id"][i], str(table["source"][i]), str(table["topic"][i])]
-    parts += [visible(t[i].strip()) for t in table["texts"].values()]
-    hay = lower("\n".join(parts))
-    if all(word in hay for word in lower(words).split()):
-      wanted.add(i)
+  shown = [[visible(t.strip()) for t in x] for x in table["texts"].values()]
+  columns = zip(table["id"], table["source"], table["topic"], *shown)
+  rows = [lower("\n".join(map(str, row))) for row in columns]
+  holds = lambda row: all(word in row for word in lower(words).split())
+  wanted = {i for i, row in enumerate(rows) if holds(row)}
   assert (not wanted) == (words == "not here")
   if wanted:
     assert set(every(opened)) == wanted
@@ -318,15 +307,15 @@ def test_filters_and_reset(opened, made):
     choose(opened, name, "")
 
 
-def test_a_row_says_its_reason_and_leads_to_its_neighbour(opened, made):
+def test_a_row_has_its_reason_and_leads_to_its_neighbour(opened, made):
   out, table = made
-  said = reasons.sentences(out, table)
+  sentences = reasons.sentences(out, table)
   for place in (0, 5, 59, 60, 61, N - 1):
     i = int(np.argsort(table["rank"])[place])
     scroll(opened, 32 * place)
     click(opened, f'[data-row="{i}"]')
     assert text(opened, "#detail h3") == table["id"][i]
-    assert text(opened, "#detail .reason") == said[i]
+    assert text(opened, "#detail .reason") == sentences[i]
     shown = [visible(t[i].strip()) for t in table["texts"].values()]
     assert texts(opened, "#detail pre")[:3] == shown
     click(opened, "#detail .near")
@@ -405,19 +394,20 @@ def test_what_came_from_data_cannot_run(opened):
     "s.remove(); })()"
   )
   assert opened.run("window.pwned === undefined")
-  assert any("Content Security Policy" in json.dumps(s) for s in opened.said)
-  opened.said.clear()
+  assert any(
+    "Content Security Policy" in json.dumps(s) for s in opened.messages
+  )
+  opened.messages.clear()
 
 
 @pytest.mark.slow
 def test_a_hundred_thousand_rows_stay_usable(tab, tmp_path):
   rng = np.random.default_rng(0)
   n = 100_000
-  columns = {
-    "length": rng.integers(3, 200, (n, 2)),
-    "embedding": rng.normal(size=(n, 2, 8)).astype(np.float32),
-  }
-  pool = make_pool([f"{i:06d}" for i in range(n)], columns)
+  length = rng.integers(3, 200, (n, 2))
+  x = rng.normal(size=(n, 2, 8)).astype(np.float32)
+  ids = [f"{i:06d}" for i in range(n)]
+  pool = make_pool(ids, dict(length=length, embedding=x))
   score = rng.normal(size=n)
   long = {k: [f"{k} {i} " + "words " * 60 for i in range(n)] for k in SIDES}
   selection = Selection(np.argsort(-score)[:10_000], score)
@@ -425,7 +415,7 @@ def test_a_hundred_thousand_rows_stay_usable(tab, tmp_path):
   document = select_page.selection_html(*made)
   assert len(document.encode()) < 32e6
   (tmp_path / "large.html").write_text(document)
-  tab.said.clear()
+  tab.messages.clear()
   tab.open(tmp_path / "large.html")
   timed = lambda selector: tab.run(
     "(() => { const t = performance.now();"
@@ -439,4 +429,4 @@ def test_a_hundred_thousand_rows_stay_usable(tab, tmp_path):
   assert timed("#reset") < 3000
   scroll(tab, 32 * 99000)
   rows = texts(tab, ".line", "e.children[1].textContent")
-  assert "99,001" in rows and not tab.said
+  assert "99,001" in rows and not tab.messages

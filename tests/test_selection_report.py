@@ -1,4 +1,4 @@
-"""Neighbours, shifts, spectra and reasons beside float64 by hand."""
+"""Neighbours, shifts, spectra and reasons against float64 by hand."""
 
 import itertools
 import json
@@ -9,7 +9,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 import pytest
 
 from jaxalign.core import errors, intervals, sharding
-from jaxalign.select import neighbours, selection_report
+from jaxalign.select import neighbours
+from jaxalign.select import selection_report as report
 from jaxalign.select.pool import make_pool, Pool, Selection
 from jaxalign.select.selection_report import (
   neighbourhood,
@@ -46,15 +47,12 @@ def test_nearest_is_exact(monkeypatch, block, kind):
     x = (1000 + 1e-3 * x).astype(np.float32)
   if kind == "far":
     x[0] = 1e6  # one row that makes the bound on the error wide
-  monkeypatch.setattr(neighbours, "BLOCK", block)
-  monkeypatch.setattr(neighbours, "TILE", 16)
+  monkeypatch.setattr(neighbours, "TARGETS", block)
+  monkeypatch.setattr(neighbours, "QUERIES", 16)
   read = lambda rows: x[rows]
   targets = rng.permutation(150)[:60]
-  for queries in (
-    np.setdiff1d(np.arange(150), targets),
-    targets,
-    np.arange(150),
-  ):
+  every = np.arange(150)
+  for queries in (np.setdiff1d(every, targets), targets, every):
     got = neighbours.nearest(read, queries, targets)
     rows, squares = brute(x, queries, targets)
     assert_array_equal(got.row, rows)
@@ -147,9 +145,8 @@ def test_shares_beside_every_subset():
   for row in got["rows"]:
     counts = np.array([(label[list(s)] == row["value"]).sum() for s in subsets])
     seen = (label[kept] == row["value"]).sum()
-    p.append(
-      min(1.0, 2 * min((counts <= seen).mean(), (counts >= seen).mean()))
-    )
+    tails = (counts <= seen).mean(), (counts >= seen).mean()
+    p.append(min(1.0, 2 * min(tails)))
     assert row["kept"] == seen / 4
     assert row["pool"] == (label == row["value"]).mean()
     counts = np.sort(counts)  # the least value that so many are not above
@@ -166,21 +163,17 @@ def test_shares_beside_every_subset():
     sum(abs((label[list(s)] == k).mean() - pool[k]) for k in "abcd") / 2
   )
   assert_allclose(got["moved"], moved(kept))
-  every = [moved(s) for s in subsets]
-  assert_allclose(got["moved_chance"], np.mean(every), atol=0.01)
-  assert_allclose(
-    got["moved_p"], np.mean(np.array(every) >= moved(kept) - 1e-9), atol=0.04
-  )
+  every = np.array([moved(s) for s in subsets])
+  assert_allclose(got["moved_chance"], every.mean(), atol=0.01)
+  above = (every >= moved(kept) - 1e-9).mean()
+  assert_allclose(got["moved_p"], above, atol=0.04)
   h = got["rows"][0]["effect"]
   assert_allclose(np.sin(h / 2 + np.arcsin(np.sqrt(0.4))) ** 2, 0.75)
 
 
-def test_the_least_p_of_what_moved():
+def test_many_values_are_gathered_and_the_least_p_is_of_the_draws():
   got = shifts.fractions(np.arange(200) < 100, np.arange(100))
   assert got["moved"] == 0.5 and got["moved_p"] == 1 / (1 + shifts.DRAWS)
-
-
-def test_many_values_are_gathered():
   values = np.repeat(np.arange(40), np.arange(40, 0, -1))
   got = shifts.fractions(values, np.arange(0, len(values), 7))
   assert len(got["rows"]) == shifts.LISTED + 1
@@ -224,11 +217,9 @@ def test_the_gap_of_groups(paired):
   x = np.stack([a, rng.normal(size=(n, 12)) * np.sqrt(narrow) + 4.0], axis=1)
   group, draw = np.tile([0, 1], n), rng.permutation(2 * n).astype(np.uint64)
   got = spectra.compare(x.reshape(-1, 12), group, draw, ["a", "b"], paired)
-  ratio = [
-    spectra.effective_rank(spectra.eigenvalues(x[:, k])) for k in range(2)
-  ]
   assert [g["name"] for g in got["groups"]] == ["a", "b"]
-  for one, rank in zip(got["groups"], ratio):
+  for k, one in enumerate(got["groups"]):
+    rank = spectra.effective_rank(spectra.eigenvalues(x[:, k]))
     assert_allclose(one["effective_rank"], rank)
   values = [np.linalg.svd(x[:, k] - x[:, k].mean(0))[1] ** 2 for k in range(2)]
   rank = [v.sum() ** 2 / (v**2).sum() for v in values]
@@ -243,9 +234,8 @@ def test_the_gap_of_groups(paired):
 def test_kept_rows_in_one_direction_have_less_rank():
   rng = np.random.default_rng(0)
   pool = rng.normal(size=(800, 10))
-  got = spectra.kept_rank(
-    pool[np.argsort(-pool[:, 0])[:80]] * [9, 1, 1, 1, 1, 1, 1, 1, 1, 1], pool
-  )
+  narrow = pool[np.argsort(-pool[:, 0])[:80]] * [9, *[1] * 9]
+  got = spectra.kept_rank(narrow, pool)
   assert got["kept"] < got["low"] < got["chance"] < got["high"]
   fair = spectra.kept_rank(rng.normal(size=(80, 10)), pool)
   assert fair["low"] * 0.95 < fair["kept"] < fair["high"] * 1.05
@@ -272,80 +262,57 @@ def make(n=160, seed=0, sides=2):
   rng = np.random.default_rng(seed)
   x = rng.normal(size=(n, sides, 8)).astype(np.float32)
   x[n // 2 : n // 2 + 20] = x[:20] + 0.01  # near-duplicates
-  return make_pool(
-    [f"r{i:04d}" for i in rng.permutation(n)],
-    {
-      "embedding": x,
-      "length": rng.integers(3, 200, (n, sides)),
-      "source": rng.choice(["web", "chat"], n),
-    },
-  )
+  ids = [f"r{i:04d}" for i in rng.permutation(n)]
+  length = rng.integers(3, 200, (n, sides))
+  source = rng.choice(["web", "chat"], n)
+  return make_pool(ids, dict(embedding=x, length=length, source=source))
 
 
 def test_a_report_beside_float64():
   pool = make()
   score = np.random.default_rng(1).normal(size=160)
   kept = np.argsort(-score)[:40]
-  got, table = selection_report.describe(
-    pool, Selection(kept, score), sampler="random"
-  )
+  got, table = report.describe(pool, Selection(kept, score), "random")
   json.dumps(got, allow_nan=False)
   x, mask = unit(pool.embedding), np.isin(np.arange(160), kept)
   cosine = x @ x.T
   np.fill_diagonal(cosine, -2)
   inside = np.where(mask[None], cosine, -2)
   assert_array_equal(table["near"], pool.ids[inside.argmax(1)])
-  assert_allclose(table["cosine"], inside.max(1), atol=1e-6)
-  assert_array_equal(
-    table["near_code"], np.where(mask, 2, 0) + 1 + (inside.max(1) >= 0.95)
-  )
+  best, quantiles = inside.max(1), (0.05, 0.25, 0.5, 0.75, 0.95)
+  assert_allclose(table["cosine"], best, atol=1e-6)
+  code = np.where(mask, 2, 0) + 1 + (best >= 0.95)
+  assert_array_equal(table["near_code"], code)
   near = got["geometry"]["neighbours"]
   assert near["compared"] == near["of"] == 120
-  assert_allclose(
-    near["quantiles"],
-    np.quantile(inside.max(1)[~mask], (0.05, 0.25, 0.5, 0.75, 0.95)),
-    atol=1e-6,
-  )
-  assert near["near_copy"]["value"] == (inside.max(1)[~mask] >= 0.95).mean()
+  wanted = np.quantile(best[~mask], quantiles)
+  assert_allclose(near["quantiles"], wanted, atol=1e-6)
+  assert near["near_copy"]["value"] == (best[~mask] >= 0.95).mean()
   drawn = np.argsort(id_hash(pool.ids, "card"), kind="stable")
-  assert_allclose(
-    near["random"],
-    np.quantile(
-      cosine[np.ix_(drawn[40:], drawn[:40])].max(1),
-      (0.05, 0.25, 0.5, 0.75, 0.95),
-    ),
-    atol=1e-6,
-  )
+  chance = cosine[np.ix_(drawn[40:], drawn[:40])].max(1)
+  assert_allclose(near["random"], np.quantile(chance, quantiles), atol=1e-6)
   copies = got["geometry"]["near_duplicates"]
-  assert copies["kept"]["value"] == (inside.max(1)[mask] >= 0.95).mean()
+  assert copies["kept"]["value"] == (best[mask] >= 0.95).mean()
   assert copies["pool"]["value"] == (cosine.max(1) >= 0.95).mean() >= 0.25
   assert copies["random"]["n"] == 40
   order = np.argsort(-score)
   assert_array_equal(table["rank"][order], np.arange(1, 161))
   assert got["cut"] == score[kept].min()
   assert got["shown"] == {"kept": 40, "left": 120}
-  said = reasons.sentences(got, table)
-  i = int(order[40])
-  assert said[i].startswith(
-    "Left out at rank 41: its score, "
-    f"{reasons.in_script(reasons.figure(score[i]))}, is below"
-  )
-  assert str(table["near"][i]) in said[i]
-  assert all(("Kept at" in s) == k for s, k in zip(said, mask))
-  assert (
-    sum("nearly repeats" in s for s in said) == (inside.max(1) >= 0.95).sum()
-  )
+  words, i = reasons.sentences(got, table), int(order[40])
+  figure = reasons.in_script(reasons.figure(score[i]))
+  start = f"Left out at rank 41: its score, {figure}, is below"
+  assert words[i].startswith(start) and str(table["near"][i]) in words[i]
+  assert all(("Kept at" in s) == k for s, k in zip(words, mask))
+  assert sum("nearly repeats" in s for s in words) == (best >= 0.95).sum()
   length = pool.length.mean(1)
   low, high = np.quantile(length, [0.05, 0.95])
-  for s, value in zip(said, length):
+  for s, value in zip(words, length):
     assert ("5 % longest" in s) == (value > high)
     assert ("5 % shortest" in s) == (value < low)
-  names = [s["name"] for s in got["shifts"]]
-  assert (
-    names
-    == ["response length", "chosen minus rejected length", "source", "topic"]
-    and got["topics_are"] == "clusters"
-  )
+  lengths = ["response length", "chosen minus rejected length"]
+  assert [s["name"] for s in got["shifts"]] == [*lengths, "source", "topic"]
+  assert got["topics_are"] == "clusters"
   assert_allclose(got["shifts"][0]["kept"], length[kept].mean())
   gap = np.float64(pool.length[:, 0] - pool.length[:, 1])
   assert_allclose(got["shifts"][1]["shift"], gap[kept].mean() - gap.mean())
@@ -357,11 +324,10 @@ def test_the_report_of_rows_in_another_order_is_the_same():
   score = np.round(np.random.default_rng(1).normal(size=160), 1)  # ties
   kept = np.argsort(-score, kind="stable")[:40]
   turn = np.random.default_rng(2).permutation(160)
-  again = make_pool(
-    pool.ids[turn], {k: v[turn] for k, v in pool.columns.items()}
-  )
-  one = selection_report.describe(pool, Selection(kept, score))
-  two = selection_report.describe(again, Selection(kept, score))
+  columns = {k: v[turn] for k, v in pool.columns.items()}
+  again = make_pool(pool.ids[turn], columns)
+  one = report.describe(pool, Selection(kept, score))
+  two = report.describe(again, Selection(kept, score))
   assert json.dumps(one[0]) == json.dumps(two[0])
   assert_array_equal(one[1]["x"], two[1]["x"])
 
@@ -370,9 +336,9 @@ def test_the_report_is_the_same_on_any_mesh(mesh):
   pool, score = make(), np.random.default_rng(1).normal(size=160)
   del mesh  # it is the current one; the other report is made on all devices
   picked = Selection(np.argsort(-score)[:40], score)
-  here = selection_report.describe(pool, picked)
+  here = report.describe(pool, picked)
   with jax.set_mesh(sharding.make_mesh(dict(fsdp=8, tensor=1))):
-    there = selection_report.describe(pool, picked)
+    there = report.describe(pool, picked)
   assert json.dumps(here[0]) == json.dumps(there[0])
 
 
@@ -383,66 +349,43 @@ def test_the_reasons():
   assert_array_equal(why, [1, 4, 1, 3, 4, 5, 2])
   why = reasons.why(Selection(np.array([4, 0, 1]), score), 7)
   assert_array_equal(why, [0, 0, 2, 2, 0, 5, 2])
-  assert_array_equal(
-    reasons.ranks(pool, Selection(np.array([2, 0]), score))[
-      [2, 0, 4, 1, 3, 6, 5]
-    ],
-    np.arange(1, 8),
-  )
-  for value, words in (
-    (1e-5, "1e-5"),
-    (1.2345678e-7, "1.23457e-7"),
-    (3.0, "3"),
-    (-0.25, "-0.25"),
-    (1234567, "1234570"),
-    (0.0, "0"),
-    (-1.34087125, "-1.34087"),
-  ):
-    assert reasons.in_script(reasons.figure(value)) == words
-  assert reasons.in_script(reasons.figure(np.nan)) == "none"
+  rank = reasons.ranks(pool, Selection(np.array([2, 0]), score))
+  assert_array_equal(rank[[2, 0, 4, 1, 3, 6, 5]], np.arange(1, 8))
+  words = {1e-5: "1e-5", 1.2345678e-7: "1.23457e-7", 3.0: "3", -0.25: "-0.25"}
+  words |= {1234567: "1234570", 0.0: "0", -1.34087125: "-1.34087"}
+  for value, text in (words | {np.nan: "none"}).items():
+    assert reasons.in_script(reasons.figure(value)) == text
 
 
 def test_a_large_pool_is_sampled():
-  pool = make()
-  score = np.arange(160.0)
-  kept = np.arange(159, 39, -1)
-  got, table = selection_report.describe(pool, Selection(kept, score), limit=60)
-  assert (
-    got["shown"]
-    == {"kept": 45, "left": 15}
-    == {"kept": int(table["kept"].sum()), "left": int((~table["kept"]).sum())}
-  )
-  again = selection_report.describe(pool, Selection(kept, score), limit=60)[1]
-  assert_array_equal(table["id"], again["id"])
+  pool, score, kept = make(), np.arange(160.0), np.arange(159, 39, -1)
+  show = lambda rows: report.describe(pool, Selection(rows, score), limit=60)
+  got, table = show(kept)
+  assert got["shown"] == {"kept": 45, "left": 15}
+  assert table["kept"].sum() == 45 and len(table["kept"]) == 60
+  assert_array_equal(table["id"], show(kept)[1]["id"])
   assert got["geometry"]["neighbours"]["compared"] == 15
-  got, table = selection_report.describe(
-    pool, Selection(kept[:10], score), limit=60
-  )
-  assert got["shown"] == {"kept": 10, "left": 50}
+  assert show(kept[:10])[0]["shown"] == {"kept": 10, "left": 50}
 
 
 def test_neighbours_stay_within_their_flops(monkeypatch):
-  pool = make()
   monkeypatch.setattr(neighbourhood, "WORK", 2.0 * 40 * 8 * 50)  # 50 of 120
-  got, table = selection_report.describe(
-    pool, Selection(np.arange(40), np.arange(160.0))
-  )
+  selection = Selection(np.arange(40), np.arange(160.0))
+  got, table = report.describe(make(), selection)
   near = got["geometry"]["neighbours"]
   assert (near["compared"], near["of"]) == (50, 120)
   assert (table["near"][~table["kept"]] != "").sum() == 50
 
 
-@pytest.mark.parametrize("harm", ["constant", "nan"])
-def test_an_embedding_without_directions_is_said(harm):
+@pytest.mark.parametrize("kind", ["constant", "nan"])
+def test_an_embedding_without_directions_is_reported(kind):
   pool = make()
   x = np.ones_like(pool.embedding)
-  if harm == "nan":
+  if kind == "nan":
     x = pool.embedding.copy()
     x[3, 0, 0] = np.nan
-  got, table = selection_report.describe(
-    Pool(pool.ids, pool.columns | {"embedding": x}),
-    Selection(np.arange(9), np.zeros(160)),
-  )
+  pool = Pool(pool.ids, pool.columns | {"embedding": x})
+  got, table = report.describe(pool, Selection(np.arange(9), np.zeros(160)))
   assert "no direction" in got["geometry"]["why"]
   assert not any(table["near"]) and "x" not in table
   json.dumps(got, allow_nan=False)
@@ -453,82 +396,66 @@ def test_clusters_are_named_by_their_words():
   kind = np.arange(400) % 2
   x = rng.normal(size=(400, 1, 6)) * 0.1
   x[:, 0, 0] += 3 * kind
-  texts = [
-    f"the {'violin' if k else 'volcano'} is number {i}"
-    for i, k in enumerate(kind)
-  ]
-  pool = Pool(
-    np.array([f"{i:03d}" for i in range(400)]),
-    {"embedding": x.astype(np.float32)},
-  )
+  words = ("volcano", "violin")
+  texts = [f"the {words[k]} is number {i}" for i, k in enumerate(kind)]
+  ids = np.array([f"{i:03d}" for i in range(400)])
+  pool = Pool(ids, {"embedding": x.astype(np.float32)})
   names = neighbourhood.clusters(pool, np.arange(400, dtype=np.uint64), texts)
-  for k, word in enumerate(("volcano", "violin")):
+  for k, word in enumerate(words):
     assert {word in n for n in names[kind == k]} == {True}
   assert any(n.startswith("cluster 1: ") for n in names)
 
 
 def test_overlaps_and_alternatives():
   a, b = np.arange(10), np.arange(5, 15)
-  (got,) = selection_report.overlaps({"a": a, "b": b}, 100)
+  (got,) = report.overlaps({"a": a, "b": b}, 100)
   assert (got["a"], got["b"], got["jaccard"]) == ("a", "b", 5 / 15)
   # Of 10 and 10 in 100, no shared row has a chance of 0.33, at most 3 of 0.99
   # and at most 2 of 0.94.
   assert (got["low"], got["high"]) == (0.0, 3 / 17)
-  wide = selection_report.overlaps(
-    {"a": np.arange(60), "b": np.arange(30, 90)}, 100
-  )[0]
+  sets = {"a": np.arange(60), "b": np.arange(30, 90)}
+  wide = report.overlaps(sets, 100)[0]
   shared = np.array([wide["low"], wide["high"]])
   shared = 120 * shared / (1 + shared)  # of 120 - k, k are shared
   assert_allclose(shared, np.round(shared))
   assert 0 < wide["low"] < 36 / 84 < wide["high"] < 1
   rng = np.random.default_rng(0)
-  drawn = [
-    selection_report.jaccard(
-      rng.choice(100, 10, False), rng.choice(100, 10, False)
-    )
-    for _ in range(4000)
-  ]
-  assert np.mean(np.array(drawn) < got["low"]) <= 0.025 + 0.01
-  assert np.mean(np.array(drawn) > got["high"]) <= 0.025 + 0.01
+  draw = lambda: rng.choice(100, 10, False)
+  drawn = np.array([report.jaccard(draw(), draw()) for _ in range(4000)])
+  assert (drawn < got["low"]).mean() <= 0.025 + 0.01
+  assert (drawn > got["high"]).mean() <= 0.025 + 0.01
+  assert report.jaccard(np.array([1, 2, 3]), np.array([3, 4])) == 0.25
+  assert report.jaccard(np.array([]), np.array([])) == 1.0
   pool = make()
-  assert set(selection_report.alternatives(pool, 20, "length")) == {
-    "random",
-    "stratified",
-  }
+  found = report.alternatives(pool, 20, "length")
+  assert set(found) == {"random", "stratified"}
   pool.columns["answer_embedding"] = pool.embedding
-  found = selection_report.alternatives(pool, 20, "length")
+  found = report.alternatives(pool, 20, "length")
   assert set(found) == {"random", "stratified", "real"}
   assert all(len(rows) == 20 for rows in found.values())
-  assert selection_report.about("random").startswith("Uniformly drawn rows")
-  assert selection_report.about("mine:own") == ""
-  assert selection_report.about(
-    "gate(column=reward) | random() * mine:own"
-  ).startswith("Uniformly drawn rows")
-  assert "length" not in selection_report.alternatives(
-    pool, 20, "dedup(threshold=0.9) | length(direction=low) * random"
-  )
+  chain = "dedup(threshold=0.9) | length(direction=low) * random"
+  assert "length" not in report.alternatives(pool, 20, chain)
+  for name in ("random", "gate(column=reward) | random() * mine:own"):
+    assert report.about(name).startswith("Uniformly drawn rows")
+  assert report.about("mine:own") == ""
 
 
 def test_a_report_is_json_and_counts_lengths_topics_and_labels():
-  length = np.arange(80, dtype=np.int32)[:, None]
-  pool = Pool(
-    np.array([f"{i:03d}" for i in range(80)]),
-    {"length": length, "label": np.arange(80) % 2 == 1},
-  )
-  pool.columns["topic"] = np.arange(80) % 8
+  n = np.arange(80)
+  columns = dict(length=n[:, None], label=n % 2 == 1, topic=n % 8)
+  pool = Pool(np.array([f"{i:03d}" for i in n]), columns)
   rows = np.arange(0, 32, 8)  # topic 0, undesirable, short
   score = np.where(np.isin(np.arange(80), rows), 2.0, -1.0)
   score[79] = -np.inf
-  report, _ = selection_report.describe(
-    pool, Selection(rows, score), "isa", diagnostics={"held_out": {"auc": 0.5}}
-  )
-  got = json.loads(json.dumps(report, allow_nan=False))
+  checks = {"held_out": {"auc": 0.5}}
+  selection = Selection(rows, score)
+  got, _ = report.describe(pool, selection, "isa", diagnostics=checks)
+  got = json.loads(json.dumps(got, allow_nan=False))
   assert got["sampler"] == "isa" and got["fraction"] == 0.05
   assert (got["selected"], got["pool"], got["cut"]) == (4, 80, 2.0)
   assert got["topic"] == {"topics": 8, "covered": 1}
   topic = next(s for s in got["shifts"] if s["name"] == "topic")
   assert topic["moved"] == 0.875 and topic["rows"][0]["pool"] == 0.125
-  assert got["label_share"] == {"chosen": 0.0, "pool": 0.5}
   assert got["length"]["chosen"][2] == 12.0
   rest = np.setdiff1d(np.arange(80), rows)
   assert got["length"]["rest"][2] == np.median(rest)
@@ -537,14 +464,7 @@ def test_a_report_is_json_and_counts_lengths_topics_and_labels():
 
 @pytest.mark.parametrize("rows", [np.arange(2), np.empty(0, np.int64)])
 def test_a_report_of_everything_and_of_nothing(rows):
-  pool = Pool(
-    np.array(["a", "b"]),
-    {"length": np.ones((2, 2)), "label": np.array([True, False])},
-  )
-  got, _ = selection_report.describe(pool, Selection(rows, np.zeros(2)))
+  columns = {"length": np.ones((2, 2)), "label": np.array([True, False])}
+  pool = Pool(np.array(["a", "b"]), columns)
+  got, _ = report.describe(pool, Selection(rows, np.zeros(2)))
   json.dumps(got, allow_nan=False)
-
-
-def test_jaccard():
-  assert selection_report.jaccard(np.array([1, 2, 3]), np.array([3, 4])) == 0.25
-  assert selection_report.jaccard(np.array([]), np.array([])) == 1.0

@@ -4,31 +4,17 @@ import types
 
 import jax
 import jax.numpy as jnp
+from models import draw, make_mesh, put, sized
 import numpy as np
 import pytest
 
 from jaxalign.core import sharding
 from jaxalign.core.errors import ConfigError
 from jaxalign.model import decoder, logprob
+from jaxalign.model.parameters import by_row
 
 MESHES = [(1, 1), (8, 1), (4, 2), (2, 4)]
-M = decoder.ModelConfig(
-  layers=3,
-  width=32,
-  heads=8,
-  kv_heads=4,
-  head_size=6,
-  ff=40,
-  vocab=48,
-  context=16,
-  tied=False,
-)
-
-
-def mesh_of(fsdp, tensor):
-  return sharding.make_mesh(
-    dict(fsdp=fsdp, tensor=tensor), jax.devices()[: fsdp * tensor]
-  )
+M = sized(3, 32, 8, 4, 6, 40, 48, 16, tied=False)
 
 
 @pytest.mark.parametrize(
@@ -73,15 +59,15 @@ def test_axes_are_translated_and_a_misspelt_one_is_a_key_error():
     with pytest.raises(KeyError, match=misspelt):
       sharding.spec(None, misspelt)
     with pytest.raises(KeyError, match=misspelt):
-      sharding.parts(mesh_of(4, 2), misspelt)
+      sharding.parts(make_mesh(4, 2), misspelt)
 
 
 def test_parts_of_an_axis():
-  mesh = mesh_of(4, 2)
+  mesh = make_mesh(4, 2)
   parts = {a: sharding.parts(mesh, a) for a in sharding.RULES}
   assert parts == dict(batch=4, pool=8, width=4, heads=2, ff=2, vocab=2)
   assert sharding.parts(mesh, None) == 1
-  assert set(sharding.parts(mesh_of(1, 1), a) for a in sharding.RULES) == {1}
+  assert set(sharding.parts(make_mesh(1, 1), a) for a in sharding.RULES) == {1}
 
 
 @pytest.mark.parametrize(
@@ -95,20 +81,20 @@ def test_parts_of_an_axis():
 )
 @pytest.mark.parametrize("fsdp, tensor", MESHES)
 def test_rows_made_where_they_lie_are_the_rows_put(fsdp, tensor, shape, axes):
-  """Each asked for once, whatever number of devices holds a copy."""
+  """Each made once, whatever number of devices holds a copy."""
   if axes[-1] == "batch" and shape[-1] % fsdp:
     pytest.skip("four rows do not divide over eight devices")
-  mesh, asked = mesh_of(fsdp, tensor), []
+  mesh, made = make_mesh(fsdp, tensor), []
   n = int(np.prod(shape))
   wide = np.random.default_rng(0).normal(size=(n, 3)).astype(np.float32)
   flat = np.arange(100, 100 + n, dtype=np.int32)
 
   def make(places):
-    asked.extend(places.tolist())
+    made.extend(places.tolist())
     return dict(wide=wide[places], flat=flat[places])
 
   found = sharding.put_rows(mesh, shape, make, *axes)
-  assert asked == list(range(n))
+  assert made == list(range(n))
   for name, x in dict(wide=wide, flat=flat).items():
     wanted = sharding.put(mesh, x.reshape(*shape, *x.shape[1:]), *axes)
     assert found[name].sharding.is_equivalent_to(wanted.sharding, wanted.ndim)
@@ -116,7 +102,7 @@ def test_rows_made_where_they_lie_are_the_rows_put(fsdp, tensor, shape, axes):
 
 
 @pytest.mark.parametrize(
-  "axes, piece",
+  "axes, shape",
   [
     (("batch", "heads"), (2, 2)),
     ((None, "batch"), (8, 1)),
@@ -126,13 +112,13 @@ def test_rows_made_where_they_lie_are_the_rows_put(fsdp, tensor, shape, axes):
   ],
 )
 @pytest.mark.parametrize("kind", [np.float32, np.int32, bool])
-def test_an_array_comes_back_from_its_shards(axes, piece, kind):
-  mesh = mesh_of(4, 2)
+def test_an_array_comes_back_from_its_shards(axes, shape, kind):
+  mesh = make_mesh(4, 2)
   x = np.random.default_rng(0).normal(size=(8, 4)).astype(kind)
   y = sharding.put(mesh, x, *axes)
-  assert y.sharding.is_equivalent_to(sharding.named(mesh, *axes), 2)
+  assert y.sharding.is_equivalent_to(sharding.named_sharding(mesh, *axes), 2)
   for shard in y.addressable_shards:
-    assert shard.data.shape == piece
+    assert shard.data.shape == shape
     np.testing.assert_array_equal(np.asarray(shard.data), x[shard.index])
   back = sharding.fetch(y)
   assert back.dtype == x.dtype
@@ -156,36 +142,21 @@ def by_rows(mesh, m, params, tokens, each):
       x=x.astype(jnp.float32) * shared["scale"], logits=decoder.logits(x, head)
     )
 
-  axes = {n: p.axes for n, p in decoder.table(m).items()}
-  run = jax.jit(sharding.per_row(mesh, one_tile, axes))
+  run = by_row(mesh, decoder.table(m), one_tile)
   with jax.set_mesh(mesh):
-    placed = {n: sharding.put(mesh, x, *axes[n]) for n, x in params.items()}
+    placed, shared = put(mesh, m, params), dict(scale=jnp.ones(()))
     step, out = each * mesh.size, []
-    for start in range(0, len(tokens), step):
-      rows = dict(
-        tokens=sharding.put(mesh, tokens[start : start + step], "pool")
-      )
-      out.append(
-        jax.tree.map(
-          sharding.fetch, run(placed, rows, dict(scale=jnp.ones(())))
-        )
-      )
+    for at in range(0, len(tokens), step):
+      rows = dict(tokens=sharding.put(mesh, tokens[at : at + step], "pool"))
+      out.append(jax.tree.map(sharding.fetch, run(placed, rows, shared)))
   return {n: np.concatenate([o[n] for o in out]) for n in out[0]}
 
 
 @pytest.fixture(scope="module")
 def drawn():
-  """Parameters larger than at a start, and 16 rows of tokens."""
-  rng = np.random.default_rng(1)
-  params = {
-    n: np.float32(
-      rng.normal(1, 0.2, p.shape)
-      if p.scale == 0
-      else rng.normal(0, 0.3, p.shape)
-    )
-    for n, p in decoder.table(M).items()
-  }
-  return params, rng.integers(0, M.vocab, (16, 7)).astype(np.int32)
+  """Parameters larger than the first, and 16 rows of tokens."""
+  tokens = np.random.default_rng(1).integers(0, M.vocab, (16, 7))
+  return draw(M), tokens.astype(np.int32)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -193,7 +164,7 @@ def test_a_row_has_the_same_bits_on_any_mesh(drawn, dtype):
   m = M._replace(dtype=dtype)
   first = None
   for sizes in MESHES:
-    out = by_rows(mesh_of(*sizes), m, *drawn, each=2)
+    out = by_rows(make_mesh(*sizes), m, *drawn, each=2)
     first = first or out
     for name in ("x", "logits"):
       assert out[name].dtype == np.float32
@@ -204,14 +175,12 @@ def test_a_row_has_the_same_bits_on_any_mesh(drawn, dtype):
 
 def test_whole_rows_and_spread_rows_are_the_same_numbers(drawn, mesh):
   params, tokens = drawn
-  placed = {
-    n: sharding.put(mesh, params[n], *p.axes)
-    for n, p in decoder.table(M).items()
-  }
-  spread = jax.jit(
-    lambda p, t: decoder.logits(decoder.forward(p, t, M), decoder.head(p, M))
-  )(placed, sharding.put(mesh, tokens, "batch"))
-  rows = by_rows(mesh_of(1, 1), M, params, tokens, each=16)
+  logits = lambda p, t: decoder.logits(
+    decoder.forward(p, t, M), decoder.head(p, M)
+  )
+  where = put(mesh, M, params), sharding.put(mesh, tokens, "batch")
+  spread = jax.jit(logits)(*where)
+  rows = by_rows(make_mesh(1, 1), M, params, tokens, each=16)
   np.testing.assert_allclose(
     sharding.fetch(spread), rows["logits"], rtol=2e-4, atol=2e-5
   )
@@ -231,9 +200,9 @@ def test_a_size_that_does_not_divide_is_refused(
   change, name, axis, size, parts
 ):
   m = M._replace(**change)
-  decoder.check_model(m, mesh_of(1, 1))
+  decoder.check_model(m, make_mesh(1, 1))
   with pytest.raises(ConfigError) as error:
-    decoder.check_model(m, mesh_of(4, 2))
+    decoder.check_model(m, make_mesh(4, 2))
   assert str(error.value) == (
     f"{name}: its axis {axis!r} of {size} does not divide into {parts} "
     "parts; change the model's size or config.mesh"
@@ -245,20 +214,15 @@ def test_a_size_that_does_not_divide_is_refused(
 
 def test_a_gathered_weights_gradient_is_summed_in_float32():
   # One device adds 256, seven add 1: 263 in float32, 264 in bfloat16.
-  mesh = mesh_of(8, 1)
+  mesh = make_mesh(8, 1)
   with jax.set_mesh(mesh):
     w = sharding.put(mesh, np.ones((8, 4), np.float32), "width", "ff")
-    x = sharding.put(
-      mesh, np.repeat(np.float32([256] + [1] * 7)[:, None], 8, axis=1), "batch"
-    )
+    rows = np.repeat(np.float32([256] + [1] * 7)[:, None], 8, axis=1)
+    x = sharding.put(mesh, rows, "batch").astype(jnp.bfloat16)
 
     def total(w):
       whole = sharding.SPREAD.weight(w, ("width", "ff")).astype(jnp.bfloat16)
-      return jnp.sum(
-        jnp.einsum("bd,df->bf", x.astype(jnp.bfloat16), whole).astype(
-          jnp.float32
-        )
-      )
+      return jnp.sum(jnp.einsum("bd,df->bf", x, whole).astype(jnp.float32))
 
     grad = jax.jit(jax.grad(total))(w)
   assert grad.dtype == np.float32
@@ -271,7 +235,7 @@ def test_the_heads_gradient_is_summed_over_chunks_in_float32(sizes):
   rng = np.random.default_rng(2)
   x, w = rng.normal(size=(8, 256, 32)), rng.normal(0, 0.02, (48, 32))
   tokens = rng.integers(0, 24, (8, 256)).astype(np.int32)
-  mesh = mesh_of(*sizes)
+  mesh = make_mesh(*sizes)
 
   def grad(dtype, chunk):
     with jax.set_mesh(mesh):

@@ -25,23 +25,13 @@ def rows(shared, tmp_path):
   """The four shortest real pairs of some length."""
   with gzip.open(shared / "data/ultrafeedback/pairs.jsonl.gz", "rt") as file:
     found = [json.loads(line) for line in file]
-  size = lambda r: sum(len(r[n]) for n in ("prompt", "chosen", "rejected"))
-  found = sorted(
-    (
-      r
-      for r in found
-      if r["chosen"].strip() != r["rejected"].strip()
-      and min(len(r[n]) for n in ("prompt", "chosen", "rejected")) > 40
-    ),
-    key=size,
-  )[:4]
+  texts = lambda r: [r[n] for n in ("prompt", "chosen", "rejected")]
+  differ = lambda r: r["chosen"].strip() != r["rejected"].strip()
+  long = [r for r in found if differ(r) and min(map(len, texts(r))) > 40]
+  kept = sorted(long, key=lambda r: sum(map(len, texts(r))))[:4]
+  lines = [dict(zip(("prompt", "chosen", "rejected"), texts(r))) for r in kept]
   path = tmp_path / "pairs.jsonl"
-  path.write_text(
-    "".join(
-      json.dumps({n: r[n] for n in ("prompt", "chosen", "rejected")}) + "\n"
-      for r in found
-    )
-  )
+  path.write_text("".join(json.dumps(x) + "\n" for x in lines))
   return path
 
 
@@ -86,54 +76,35 @@ def begins_as_the_reference(arm):
 
 
 def test_padded_in_bfloat16_and_its_weights(tmp_path, given, rows):
-  begins_as_the_reference(
-    train(
-      tmp_path / "job",
-      given,
-      rows,
-      "train.layout=padded",
-      "model.param_dtype=bfloat16",
-    )
-  )
+  flags = "train.layout=padded", "model.param_dtype=bfloat16"
+  begins_as_the_reference(train(tmp_path / "job", given, rows, *flags))
 
 
-def test_adapters_their_export_and_what_it_says(tmp_path, given, rows):
+def test_adapters_their_export_and_its_answers(tmp_path, given, rows):
   """Packed rows; transformers and peft read what is left."""
   torch = pytest.importorskip("torch")
   transformers = pytest.importorskip("transformers")
   peft = pytest.importorskip("peft")
   arm = train(tmp_path / "job", given, rows, "lora.rank=4")
   begins_as_the_reference(arm)
-  base, out = (
-    transformers.AutoModelForCausalLM.from_pretrained(f)
-    for f in (given, arm / "export")
-  )
+  read = transformers.AutoModelForCausalLM.from_pretrained
+  base, out = read(given), read(arm / "export")
   assert out.dtype == base.dtype == torch.bfloat16
-  for name in (
-    "temperature",
-    "top_p",
-    "do_sample",
-    "pad_token_id",
-    "bos_token_id",
-  ):
-    assert getattr(out.generation_config, name) == getattr(
-      base.generation_config, name
-    ), name
-  tok, was = (
-    transformers.AutoTokenizer.from_pretrained(f)
-    for f in (arm / "export", given)
-  )
+  kept = "temperature top_p do_sample pad_token_id bos_token_id".split()
+  had, has = (m.generation_config.to_dict() for m in (base, out))
+  assert [has[n] for n in kept] == [had[n] for n in kept]
+  read = transformers.AutoTokenizer.from_pretrained
+  tok, was = read(arm / "export"), read(given)
   assert tok.pad_token == was.pad_token == "<|im_end|>"
-  assert tok.convert_tokens_to_ids("<|im_end|>") in np.atleast_1d(
-    out.generation_config.eos_token_id
-  )
+  end = tok.convert_tokens_to_ids("<|im_end|>")
+  assert end in np.atleast_1d(has["eos_token_id"])
   assert tok.chat_template
   config = json.loads((arm / "adapter/adapter_config.json").read_text())
   assert config["base_model_name_or_path"] == str(given)
   with warnings.catch_warnings():  # peft asks transformers in an old way
     warnings.simplefilter("ignore", FutureWarning)
     peft.PeftModel.from_pretrained(base, arm / "adapter")
-  path = tmp_path / "said.jsonl"
+  path = tmp_path / "answers.jsonl"
   command(
     "generate",
     f"--checkpoint={arm}/export",
@@ -144,7 +115,7 @@ def test_adapters_their_export_and_what_it_says(tmp_path, given, rows):
     "--tile=2",
     f"--output={path}",
   )
-  said = jobs.lines(path)
-  assert [x["sample"] for x in said] == [0, 1]
-  for x in said:  # greedy, and one update moves little
+  answers = jobs.lines(path)
+  assert [x["sample"] for x in answers] == [0, 1]
+  for x in answers:  # greedy, and one update moves little
     assert x["answer"] == "The capital of France is Paris." and x["ended"], x

@@ -7,10 +7,12 @@ import json
 import random
 import sys
 
+from etils import epath
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from rows import put
 
 from jaxalign.core.errors import ConfigError, DataError
 from jaxalign.data import json_rows, sources
@@ -23,11 +25,7 @@ ROWS = [
   for i in range(5)
 ]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
-
-
-def put(path, data):
-  path.write_bytes(data)
-  return str(path)
+JSON = json.dumps(ROWS).encode()
 
 
 def rows_of(source, **kwargs):
@@ -40,23 +38,27 @@ def csv_bytes(rows):
   return "\r\n".join(",".join(map(quote, line)) for line in lines).encode()
 
 
+CSV = csv_bytes(ROWS)
+
+
 def parquet(path, rows):
   pq.write_table(pa.Table.from_pylist(rows), path)
   return str(path)
 
 
+def bad_text():
+  """A column of "a", a byte that is no text, and "c"."""
+  ends = bytes.fromhex("00000000 01000000 02000000 03000000")
+  buffers = [None, pa.py_buffer(ends), pa.py_buffer(b"a\xffc")]
+  return pa.Array.from_buffers(pa.string(), 3, buffers)
+
+
 def test_every_format_reads_the_same_rows(tmp_path):
-  texts = {
-    "a.jsonl": LINES,
-    "a.json": json.dumps(ROWS).encode(),
-    "b.json": json.dumps({"version": 1, "data": ROWS}).encode(),
-    "a.csv": csv_bytes(ROWS),
-  }
+  nested = json.dumps({"version": 1, "data": ROWS}).encode()
+  texts = {"a.jsonl": LINES, "a.json": JSON, "b.json": nested, "a.csv": CSV}
   made = [put(tmp_path / name, data) for name, data in texts.items()]
-  made += [
-    put(tmp_path / f"{name}.gz", gzip.compress(data))
-    for name, data in texts.items()
-  ]
+  for name, data in texts.items():
+    made.append(put(tmp_path / f"{name}.gz", gzip.compress(data)))
   made.append(parquet(tmp_path / "a.parquet", ROWS))
   for source in made:
     assert rows_of(source) == ROWS, source
@@ -67,32 +69,20 @@ def test_every_format_reads_the_same_rows(tmp_path):
 
 def test_lines_are_one_based_and_count_blank_lines(tmp_path):
   source = put(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"a": 1}\r\n\n  \n{"a": 2}')
-  assert [(w.line, row["a"]) for w, row in read_rows(source)] == [
-    (1, 1),
-    (4, 2),
-  ]
+  found = [(where.line, row["a"]) for where, row in read_rows(source)]
+  assert found == [(1, 1), (4, 2)]
   source = put(tmp_path / "a.csv", b'\xef\xbb\xbfa,b\n"x\ny",1\n\nz,2\n')
-  assert [(w.line, row) for w, row in read_rows(source)] == [
-    (2, dict(a="x\ny", b="1")),
-    (5, dict(a="z", b="2")),
-  ]
-
-
-def test_odd_but_legal_text_survives(tmp_path):
-  """The strange ones, named or read: test_strange_rows.py."""
-  row = {"a": "NUL \0 bidi \u202e rtl \u05d0 emoji \U0001f469\u200d\U0001f4bb"}
-  assert rows_of(put(tmp_path / "a.jsonl", json.dumps(row).encode())) == [row]
-  assert rows_of(
-    put(tmp_path / "b.jsonl", json.dumps(row, ensure_ascii=False).encode())
-  ) == [row]
+  found = [(where.line, row) for where, row in read_rows(source)]
+  assert found == [(2, dict(a="x\ny", b="1")), (5, dict(a="z", b="2"))]
 
 
 def test_a_line_too_long_is_not_held(tmp_path, monkeypatch):
   monkeypatch.setattr(json_rows, "MAX_ROW_BYTES", 1000)
   data = b'{"a": "' + b"x" * 12_345 + b'"}\n{"a": 2}\n'
-  found = list(read_rows(put(tmp_path / "a.jsonl.gz", gzip.compress(data))))
+  source = put(tmp_path / "a.jsonl.gz", gzip.compress(data))
+  found = list(read_rows(source))
   assert found[0][1].reason == "row too long"
-  assert found[1] == ((str(tmp_path / "a.jsonl.gz"), 2), {"a": 2})
+  assert found[1] == ((source, 2), {"a": 2})
 
 
 def test_a_json_file_too_large_is_refused(tmp_path, monkeypatch):
@@ -101,7 +91,7 @@ def test_a_json_file_too_large_is_refused(tmp_path, monkeypatch):
   source = put(tmp_path / "a.json.gz", gzip.compress(b'{"x": ' + rows + b"}"))
   with pytest.raises(DataError, match="jsonl"):
     rows_of(source)
-  # A list is read piece by piece: only its rows have to be held.
+  # A list is read row by row: only its rows have to be held.
   source = put(tmp_path / "b.json.gz", gzip.compress(rows))
   assert rows_of(source) == [dict(a=1), dict(a=2)]
   monkeypatch.setattr(json_rows, "MAX_ROW_BYTES", 1 << 20)
@@ -115,14 +105,10 @@ def test_a_json_file_too_large_is_refused(tmp_path, monkeypatch):
   "extension", ["jsonl", "json", "csv", "jsonl.gz", "csv.gz", "parquet"]
 )
 def test_flipped_and_cut_bytes_only_raise_data_errors(tmp_path, extension):
-  whole = {
-    "jsonl": LINES,
-    "json": json.dumps(ROWS).encode(),
-    "csv": csv_bytes(ROWS),
-  }.get(extension.removesuffix(".gz"))
-  if extension == "parquet":
-    parquet(tmp_path / "whole.parquet", ROWS)
-    whole = (tmp_path / "whole.parquet").read_bytes()
+  table = parquet(tmp_path / "whole.parquet", ROWS)
+  whole = dict(jsonl=LINES, json=JSON, csv=CSV)
+  whole["parquet"] = epath.Path(table).read_bytes()
+  whole = whole[extension.removesuffix(".gz")]
   if extension.endswith(".gz"):
     whole = gzip.compress(whole)
   rng = random.Random(extension)
@@ -139,12 +125,11 @@ def test_flipped_and_cut_bytes_only_raise_data_errors(tmp_path, extension):
 
 
 def test_bad_csv_rows(tmp_path):
-  source = put(
-    tmp_path / "a.csv", (b'a,b\n1,2\n1,2,3\n\xff,2\n4,5\n"x"y,1\n6,7\n')
-  )
+  data = b'a,b\n1,2\n1,2,3\n\xff,2\n4,5\n"x"y,1\n6,7\n'
+  found = read_rows(put(tmp_path / "a.csv", data))
   assert [
     (w.line, row.reason if isinstance(row, BadRow) else row["a"])
-    for w, row in read_rows(source)
+    for w, row in found
   ] == [
     (2, "1"),
     (3, "wrong number of columns"),
@@ -153,76 +138,83 @@ def test_bad_csv_rows(tmp_path):
     (6, "malformed CSV"),
     (7, "6"),
   ]
-  with pytest.raises(DataError, match="twice"):
-    rows_of(put(tmp_path / "b.csv", b"a,a\n1,2\n"))
 
 
 def test_a_parquet_row_of_bad_text_is_named(tmp_path):
-  bad = pa.Array.from_buffers(
-    pa.string(),
-    3,
-    [
-      None,
-      pa.py_buffer(bytes.fromhex("00000000 01000000 02000000 03000000")),
-      pa.py_buffer(b"a\xffc"),
-    ],
-  )
-  pq.write_table(pa.table(dict(a=bad)), tmp_path / "a.parquet")
+  pq.write_table(pa.table(dict(a=bad_text())), tmp_path / "a.parquet")
   found = list(read_rows(str(tmp_path / "a.parquet")))
   assert [w.line for w, _ in found] == [1, 2, 3]
   assert found[1][1].reason == "bad UTF-8"
   assert [found[0][1], found[2][1]] == [dict(a="a"), dict(a="c")]
 
 
-def test_a_missing_or_empty_file_is_an_error(tmp_path):
-  for name in ("no.jsonl", "no*.jsonl", "no/[ab]*.parquet"):
-    with pytest.raises(DataError, match="config.data.source"):
-      read_rows(str(tmp_path / name))  # at once, before the first row
+@pytest.mark.parametrize("name", ["no.jsonl", "no*.jsonl", "no/[ab]*.parquet"])
+def test_a_missing_file_is_an_error_at_once(tmp_path, name):
+  with pytest.raises(DataError, match="config.data.source"):
+    read_rows(str(tmp_path / name))  # before the first row
+
+
+def test_a_folder_is_no_file(tmp_path):
   (tmp_path / "folder.jsonl").mkdir()
   with pytest.raises(DataError, match="folder"):
     read_rows(str(tmp_path / "folder.jsonl"))
-  for name, data in {
-    "a.jsonl": b"",
-    "b.jsonl": b"\n\n",
-    "c.json": b"[]",
-    "d.csv": b"a,b\n",
-    "e.jsonl.gz": gzip.compress(b""),
-    "f.jsonl.gz": b"",
-    "g.parquet": b"",
-  }.items():
-    with pytest.raises(DataError, match="empty|no rows"):
-      rows_of(put(tmp_path / name, data))
-  pq.write_table(
-    pa.table(dict(a=pa.array([], pa.string()))), tmp_path / "h.parquet"
-  )
+
+
+LARGE = ROWS * 9
+WRONG = [  # name, bytes, what the error is about
+  ("a.jsonl", b"", "empty"),
+  ("b.jsonl", b"\n\n", "no rows"),
+  ("c.json", b"[]", "no rows"),
+  ("d.csv", b"a,b\n", "no rows"),
+  ("e.jsonl.gz", gzip.compress(b""), "no rows"),
+  ("f.jsonl.gz", b"", "empty"),
+  ("g.parquet", b"", "empty"),
+  ("a.json", b"{", "not JSON"),
+  ("b.json", b'{"a": 1}\n{"a": 2}', "jsonl"),
+  ("c.json", b'{"a": [], "b": []}', "2 lists"),
+  ("d.json", b"3", "int"),
+  ("e.json", b'["\xff"]', "UTF-8"),
+  ("f.parquet", b"PAR1junk", "parquet"),
+  ("g.jsonl.gz", LINES, "damaged"),
+  ("h.csv.gz", gzip.compress(csv_bytes(LARGE))[:-9], "truncated"),
+  ("h.json.gz", gzip.compress(json.dumps(LARGE).encode())[:-9], "truncated"),
+  ("a.csv", b"a,a\n1,2\n", "names a column twice"),
+  ("b.csv", b'"a"b,c\n1,2\n', "begin with the names"),
+  ("c.csv", b"a,\xff\n1,2\n", "UTF-8 in the names"),
+  ("d.csv", b"\xff,\xff\n1,2\n", "twice"),
+]
+
+
+@pytest.mark.parametrize("name, data, why", WRONG, ids=range(len(WRONG)))
+def test_files_without_rows_or_broken_as_a_whole(tmp_path, name, data, why):
+  with pytest.raises(DataError, match=why) as error:
+    rows_of(put(tmp_path / name, data))
+  str(error.value).encode()
+
+
+def test_parquet_files_without_rows_or_cut(tmp_path):
+  empty = pa.table(dict(a=pa.array([], pa.string())))
+  pq.write_table(empty, tmp_path / "a.parquet")
   with pytest.raises(DataError, match="no rows"):
-    rows_of(str(tmp_path / "h.parquet"))
+    rows_of(str(tmp_path / "a.parquet"))
+  parquet(tmp_path / "b.parquet", ROWS)
+  cut = (tmp_path / "b.parquet").read_bytes()[:-20]
+  with pytest.raises(DataError, match="parquet"):
+    rows_of(put(tmp_path / "c.parquet", cut))
 
 
-@pytest.mark.parametrize(
-  "source",
-  [
-    "a.txt",
-    "a",
-    "a.parquet.gz",
-    "foo:bar",
-    "http://x/a.jsonl",
-    "hf:",
-    "tfds:",
-    "",
-    3,
-  ],
-)
+UNKNOWN = "a.txt a a.parquet.gz foo:bar http://x/a.jsonl hf: tfds:".split()
+
+
+@pytest.mark.parametrize("source", [*UNKNOWN, "", 3])
 def test_an_unknown_source_names_the_knob(source):
   with pytest.raises(ConfigError, match="config.data.source"):
     read_rows(source)
 
 
-def test_a_truncated_gzip_says_how_far_it_was_good(tmp_path):
-  lines = [
-    json.dumps(dict(a=hashlib.sha256(b"%d" % i).hexdigest())) + "\n"
-    for i in range(5000)
-  ]
+def test_a_truncated_gzip_counts_the_rows_that_were_good(tmp_path):
+  names = [hashlib.sha256(b"%d" % i).hexdigest() for i in range(5000)]
+  lines = [json.dumps(dict(a=name)) + "\n" for name in names]
   whole = gzip.compress("".join(lines).encode())
   source = put(tmp_path / "a.jsonl.gz", whole[: len(whole) // 2])
   seen = []
@@ -236,45 +228,17 @@ def test_a_truncated_gzip_says_how_far_it_was_good(tmp_path):
   flipped = bytearray(whole)
   flipped[-6] ^= 1  # in the checksum
   with pytest.raises(DataError, match="damaged"):
-    rows_of(put(tmp_path / "b.jsonl.gz", bytes(flipped)))
-  with pytest.raises(DataError, match="damaged"):
-    rows_of(put(tmp_path / "c.jsonl.gz", LINES))
-  for extension, data in (
-    ("csv", csv_bytes(ROWS * 9)),
-    ("json", json.dumps(ROWS * 9).encode()),
-  ):
-    with pytest.raises(DataError, match="truncated"):
-      rows_of(put(tmp_path / f"d.{extension}.gz", gzip.compress(data)[:-9]))
-
-
-def test_broken_whole_files_are_errors(tmp_path):
-  for name, data, why in (
-    ("a.json", b"{", "not JSON"),
-    ("b.json", b'{"a": 1}\n{"a": 2}', "jsonl"),
-    ("c.json", b'{"a": [], "b": []}', "2 lists"),
-    ("d.json", b"3", "int"),
-    ("e.json", b'["\xff"]', "UTF-8"),
-    ("f.parquet", b"PAR1junk", "parquet"),
-  ):
-    with pytest.raises(DataError, match=why):
-      rows_of(put(tmp_path / name, data))
-  whole = tmp_path / "g.parquet"
-  parquet(whole, ROWS)
-  with pytest.raises(DataError, match="parquet"):
-    rows_of(put(tmp_path / "h.parquet", whole.read_bytes()[:-20]))
+    rows_of(put(tmp_path / "b.jsonl.gz", flipped))
 
 
 def test_a_glob_reads_in_name_order_and_has_one_digest(tmp_path):
-  b = put(tmp_path / "b.jsonl", LINES)
-  a = put(tmp_path / "a.jsonl", b'{"a": 1}\n')
+  one = b'{"a": 1}\n'
+  b, a = put(tmp_path / "b.jsonl", LINES), put(tmp_path / "a.jsonl", one)
   glob = str(tmp_path / "*.jsonl")
   assert sources.source_files(glob) == [a, b]
   assert rows_of(glob) == [{"a": 1}] + ROWS
-  assert (
-    sources.source_digest(glob)
-    == hashlib.sha256(b'{"a": 1}\n' + LINES).hexdigest()
-  )
-  assert sources.source_digest(b) == hashlib.sha256(LINES).hexdigest()
+  for source, data in ((glob, one + LINES), (b, LINES)):
+    assert sources.source_digest(source) == hashlib.sha256(data).hexdigest()
   (tmp_path / "x").mkdir()
   deep = put(tmp_path / "x" / "c[1].jsonl", LINES)
   assert sources.source_files(str(tmp_path / "*" / "c*.jsonl")) == [deep]
@@ -290,14 +254,10 @@ def test_reading_streams(tmp_path):
   assert rows_of(source, limit=7) == ROWS + ROWS[:2]
 
 
-def test_a_hugging_face_folder(tmp_path, monkeypatch):
-  datasets = pytest.importorskip("datasets")
-  datasets.disable_progress_bars()
-  monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-  (tmp_path / "data").mkdir()
-  put(tmp_path / "data" / "train.jsonl", LINES)
-  put(tmp_path / "data" / "test.jsonl", LINES[: LINES.index(b"\n")])
-  source = f"hf:{tmp_path}/data"
+def test_a_hugging_face_folder(hub_folder):
+  put(hub_folder / "train.jsonl", LINES)
+  put(hub_folder / "test.jsonl", LINES[: LINES.index(b"\n")])
+  source = f"hf:{hub_folder}"
   assert rows_of(source) == ROWS
   assert rows_of(f"{source}:test") == ROWS[:1]
   assert list(read_rows(source))[1][0] == (source, 2)
@@ -305,7 +265,7 @@ def test_a_hugging_face_folder(tmp_path, monkeypatch):
   digest = sources.source_digest(source)
   assert digest == sources.source_digest(source)
   assert digest != sources.source_digest(f"{source}:test")
-  put(tmp_path / "data" / "train.jsonl", LINES.replace(b"good 3", b"good 4"))
+  put(hub_folder / "train.jsonl", LINES.replace(b"good 3", b"good 4"))
   assert digest != sources.source_digest(source)
   with pytest.raises(DataError, match="nowhere"):
     rows_of("hf:nowhere/at-all")
@@ -313,38 +273,21 @@ def test_a_hugging_face_folder(tmp_path, monkeypatch):
     rows_of(f"{source}:valid")
 
 
-def test_a_tfds_dataset_of_array_records(tmp_path):
-  before = "tensorflow" in sys.modules
-  tfds = pytest.importorskip("tensorflow_datasets")
-  tfds.disable_progress_bar()
+def toy_dataset(tfds, folder, rows):
+  """Writes a TFDS data set of array records; its folder."""
   text = tfds.features.Text()
   turns = tfds.features.Sequence(dict(role=text, content=text))
+  scalars = dict(label=np.bool_, score=np.int32)
+  scalars = {n: tfds.features.Scalar(kind) for n, kind in scalars.items()}
   features = tfds.features.FeaturesDict(
-    dict(
-      prompt=text,
-      label=tfds.features.Scalar(np.bool_),
-      score=tfds.features.Scalar(np.int32),
-      messages=turns,
-    )
+    dict(prompt=text, messages=turns) | scalars
   )
-  want = [
-    dict(
-      prompt=f"p \u00e9 {i}",
-      label=i % 2 == 0,
-      score=i,
-      messages=[
-        dict(role="user", content=f"q{i}"),
-        dict(role="assistant", content="a"),
-      ],
-    )
-    for i in range(4)
-  ]
 
   class Toy(tfds.core.GeneratorBasedBuilder):
-    """Four rows."""
+    """Some rows."""
 
     VERSION = tfds.core.Version("1.0.0")
-    pkg_dir_path = tmp_path
+    pkg_dir_path = folder
 
     def _info(self):
       return tfds.core.DatasetInfo(builder=self, features=features)
@@ -353,11 +296,24 @@ def test_a_tfds_dataset_of_array_records(tmp_path):
       return {"train": self._generate_examples()}
 
     def _generate_examples(self):
-      yield from enumerate(want)
+      yield from enumerate(rows)
 
-  builder = Toy(data_dir=tmp_path, file_format="array_record")
+  builder = Toy(data_dir=folder, file_format="array_record")
   builder.download_and_prepare()
-  source = f"tfds:{builder.data_dir}"
+  return builder.data_dir
+
+
+def test_a_tfds_dataset_of_array_records(tmp_path):
+  before = "tensorflow" in sys.modules
+  tfds = pytest.importorskip("tensorflow_datasets")
+  tfds.disable_progress_bar()
+  answer = dict(role="assistant", content="a")
+  want = [
+    dict(prompt=f"p \u00e9 {i}", label=i % 2 == 0, score=i)
+    | dict(messages=[dict(role="user", content=f"q{i}"), answer])
+    for i in range(4)
+  ]
+  source = f"tfds:{toy_dataset(tfds, tmp_path, want)}"
   for name in (source, f"{source}:train"):
     rows = sorted(rows_of(name), key=lambda row: row["score"])
     for row in rows:  # TFDS has a dict of lists
@@ -371,15 +327,14 @@ def test_a_tfds_dataset_of_array_records(tmp_path):
 
 
 def test_google_storage_goes_through_epath(tmp_path):
-  from etils import epath
-
   put(tmp_path / "a.jsonl", LINES)
-  real = lambda path: str(path).replace("gs://bucket", str(tmp_path))
+
+  def local(original, path, *args, **kwargs):
+    path = str(path).replace("gs://bucket", str(tmp_path))
+    return original(path, *args, **kwargs)
+
   with epath.testing.mock_epath(
-    open=lambda original, path, *a, **kw: original(real(path), *a, **kw),
-    exists=lambda original, path: original(real(path)),
-    isdir=lambda original, path: original(real(path)),
-    glob=lambda original, path: original(real(path)),
+    open=local, exists=local, isdir=local, glob=local
   ):
     assert rows_of("gs://bucket/a.jsonl") == ROWS
 
@@ -387,16 +342,16 @@ def test_google_storage_goes_through_epath(tmp_path):
 @pytest.mark.parametrize(
   "rest, want",
   [
-    ("a/b", ("a/b", "train")),
-    ("a/b:", ("a/b", "train")),
-    ("a/b:test", ("a/b", "test")),
-    ("a:train[5:10%]", ("a", "train[5:10%]")),
-    ("a:b+c[:3]", ("a", "b+c[:3]")),
-    ("gs://x/y", ("gs://x/y", "train")),
-    ("gs://x/y:test", ("gs://x/y", "test")),
-    ("a:1.0.0", ("a:1.0.0", "train")),
-    ("a:1.0.0:test", ("a:1.0.0", "test")),
+    ("a/b", "a/b train"),
+    ("a/b:", "a/b train"),
+    ("a/b:test", "a/b test"),
+    ("a:train[5:10%]", "a train[5:10%]"),
+    ("a:b+c[:3]", "a b+c[:3]"),
+    ("gs://x/y", "gs://x/y train"),
+    ("gs://x/y:test", "gs://x/y test"),
+    ("a:1.0.0", "a:1.0.0 train"),
+    ("a:1.0.0:test", "a:1.0.0 test"),
   ],
 )
 def test_names_and_splits(rest, want):
-  assert sources._name_and_split(rest) == want
+  assert sources._name_and_split(rest) == tuple(want.split())

@@ -594,7 +594,7 @@ def twenty(rank, shape=(1, 1), accumulation=1, order=range(8)):
     fed = feed.Feed(mesh, some_rows(), batching, rate_of(1e-3, 20))
     params = put(mesh, WIDE, draw(WIDE, 5))
     if m.lora:
-      params |= adapters.init(jax.random.key(1), decoder.table(m), mesh)
+      params |= adapters.init(jax.random.key(1), decoder.table(m))
     trained, frozen = adapters.split(params, m.lora)
     own = lambda state, batch: train_step(state, batch, frozen)
     seen, params, _ = steps_of(own, tx, trained, fed.batch_at, 20)

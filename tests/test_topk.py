@@ -3,56 +3,59 @@
 import hashlib
 
 import numpy as np
+from numpy.testing import assert_allclose, assert_array_equal
 import pytest
 
 from jaxalign.core.errors import ConfigError, DataError, NumericError
-from jaxalign.select import pool as pools
 from jaxalign.select import topk
+from jaxalign.select.pool import make_pool
 
 
 def ids_of(n):
   return np.array([f"row-{i:06d}" for i in range(n)])
 
 
-def test_order_is_descending_and_matches_a_sort():
-  score = np.random.default_rng(0).normal(size=1000)
-  rows = topk.top(score, ids_of(1000), 137)
-  assert rows.dtype == np.int64
-  np.testing.assert_array_equal(rows, np.argsort(-score)[:137])
+def hashed(ids):
+  """blake2b of each id, keyed as an empty salt is, big-endian."""
+  key = hashlib.blake2b(b"", digest_size=32).digest()
+  digest = lambda i: hashlib.blake2b(i.encode(), digest_size=8, key=key)
+  numbers = [int.from_bytes(digest(str(i)).digest(), "big") for i in ids]
+  return np.array(numbers, np.uint64)
 
 
-def test_ties_follow_the_id_not_the_position():
-  ids = ids_of(400)
-  score = np.repeat([3.0, 1.0, 1.0, 0.0], 100)
-  chosen = ids[topk.top(score, ids, 180)]
-  assert set(chosen[:100]) == set(ids[:100])
-  order = np.random.default_rng(1).permutation(400)
-  assert list(ids[order][topk.top(score[order], ids[order], 180)]) == (
-    list(chosen)
-  )
-  # A hash, not the alphabet: the 80 are spread over both tied hundreds.
-  assert 20 < np.isin(chosen[100:], ids[200:]).sum() < 60
-  # And a larger budget extends a smaller one.
-  assert list(ids[topk.top(score, ids, 150)]) == list(chosen[:150])
+def scores_of(kind, n, rng):
+  score = rng.normal(size=n)
+  if kind == "rounded":
+    score = np.round(score, 1)
+  elif kind == "equal":
+    score = np.where(np.arange(n) % 2, 0.0, -0.0)
+  elif kind == "wild":
+    score = score * 10.0 ** rng.integers(-300, 300, n)
+    next_ = np.nextafter(1e308, 0)
+    inf = np.inf
+    score[:9] = [inf, -inf, inf, 5e-324, -5e-324, 0.0, -0.0, 1e308, next_]
+  return score
 
 
-def test_infinities_are_ranked_and_nan_is_refused_by_id():
-  score = np.array([0.0, np.inf, -np.inf, 1.0])
-  assert list(topk.top(score, ids_of(4), 4)) == [1, 3, 0, 2]
-  score[2] = np.nan
+@pytest.mark.parametrize("kind", ["plain", "rounded", "equal", "wild"])
+def test_the_best_are_those_of_a_sort(kind):
+  n = 601
+  ids, rng = ids_of(n), np.random.default_rng(3)
+  score, mixed = scores_of(kind, n, rng), rng.permutation(n)
+  order = np.lexsort((np.arange(n), hashed(ids), -score))
+  for m in (0, 1, 60, 300, n - 1, n):
+    rows = topk.top(score, ids, m)
+    assert rows.dtype == np.int64 and rows.tolist() == order[:m].tolist()
+    again = mixed[topk.top(score[mixed], ids[mixed], m)]
+    assert again.tolist() == rows.tolist()
+
+
+def test_nan_is_refused_by_id_and_so_are_more_rows_than_there_are():
   with pytest.raises(NumericError, match="row-000002"):
-    topk.top(score, ids_of(4), 2)
-
-
-@pytest.mark.parametrize("m", [-1, 5])
-def test_more_rows_than_there_are(m):
-  with pytest.raises(ConfigError, match="select.budget"):
-    topk.top(np.zeros(4), ids_of(4), m)
-
-
-def test_none_and_all():
-  assert topk.top(np.zeros(4), ids_of(4), 0).shape == (0,)
-  assert sorted(topk.top(np.zeros(4), ids_of(4), 4)) == [0, 1, 2, 3]
+    topk.top(np.array([0.0, np.inf, np.nan, 1.0]), ids_of(4), 2)
+  for m in (-1, 5):
+    with pytest.raises(ConfigError, match="select.budget"):
+      topk.top(np.zeros(4), ids_of(4), m)
 
 
 @pytest.mark.parametrize(
@@ -91,23 +94,19 @@ def test_uniform_belongs_to_the_id():
   u = topk.uniform(7, ids, "a")
   assert 0 < u.min() and u.max() < 1
   assert abs(u.mean() - 0.5) < 0.02 and abs(u.var() - 1 / 12) < 0.005
-  np.testing.assert_array_equal(topk.uniform(7, ids[::-3], "a"), u[::-3])
+  assert_array_equal(topk.uniform(7, ids[::-3], "a"), u[::-3])
   for other in (topk.uniform(8, ids, "a"), topk.uniform(7, ids, "b")):
     assert abs(np.corrcoef(u, other)[0, 1]) < 0.05
   # The stream is part of the format: a change would redraw every subset.
-  np.testing.assert_allclose(
-    topk.uniform(0, np.array(["a", "b"]), "random"),
-    np.array([0.7242655226048975, 0.376340514393295]),
-    rtol=0,
-    atol=1e-15,
-  )
+  got = topk.uniform(0, np.array(["a", "b"]), "random")
+  assert_allclose(got, [0.7242655226048975, 0.376340514393295], atol=1e-15)
 
 
 def test_gumbel_keys_draw_by_weight_without_replacement():
   """Two of four: the chances of Plackett and Luce, by hand."""
   ids, w = ids_of(4), np.array([0.1, 0.2, 0.3, 0.4])
   u = topk.uniform(5, ids, "x")
-  np.testing.assert_allclose(topk.gumbel(5, ids, "x"), -np.log(-np.log(u)))
+  assert_allclose(topk.gumbel(5, ids, "x"), -np.log(-np.log(u)))
   seen = np.zeros((4, 4))
   for seed in range(4000):
     rows = topk.top(np.log(w) + topk.gumbel(seed, ids, "x"), ids, 2)
@@ -118,78 +117,37 @@ def test_gumbel_keys_draw_by_weight_without_replacement():
 
 
 def test_pick_is_the_highest_and_the_hash_decides_within_the_tolerance():
-  ids = ids_of(50)
-  rows = np.arange(10, 40)
+  ids, rows = ids_of(50), np.arange(10, 40)
   value = np.random.default_rng(2).normal(size=30)
   assert topk.pick(value, rows, ids) == value.argmax()
-  value[[3, 8, 21]] = 5.0 + np.array([0.0, 2e-9, 1e-9])
+  tied = [3, 8, 21]
+  value[tied] = 5.0 + np.array([0.0, 2e-9, 1e-9])
   assert topk.pick(value, rows, ids) == 8
-  hashes = topk.id_hash(ids[rows[[3, 8, 21]]])
-  assert topk.pick(value, rows, ids, 1e-8) == [3, 8, 21][hashes.argmin()]
-  turned = topk.pick(value[::-1], rows[::-1], ids, 1e-8)
-  assert rows[::-1][turned] == rows[[3, 8, 21][hashes.argmin()]]
+  least = tied[topk.id_hash(ids[rows[tied]]).argmin()]
+  assert topk.pick(value, rows, ids, 1e-8) == least
+  assert topk.pick(value[::-1], rows[::-1], ids, 1e-8) == 29 - least
+
+
+def test_largest_is_the_end_of_a_sort():
+  value = np.random.default_rng(4).normal(size=50)
+  rows = np.arange(3, 47)
+  for size in (1, 9, 44, 60):
+    wanted = np.sort(rows[np.argsort(value[rows])[-size:]])
+    assert_array_equal(topk.largest(value, rows, size), wanted)
 
 
 def test_pool_sorts_and_names_what_is_missing():
-  pool = pools.make_pool(["b", "a"], {"length": np.array([[2], [1]])})
+  pool = make_pool(["b", "a"], {"length": np.array([[2], [1]])})
   assert list(pool.ids) == ["a", "b"] and pool.length[0, 0] == 1
   with pytest.raises(ConfigError, match="no column 'log_likelihood'.*length"):
     pool.log_likelihood
   with pytest.raises(DataError, match="'a' occurs more than once"):
-    pools.make_pool(["a", "a"], {})
+    make_pool(["a", "a"], {})
   with pytest.raises(DataError, match="wanted 2 rows"):
-    pools.make_pool(["a", "b"], {"length": np.zeros(3)})
-
-
-def hashed(ids):
-  """blake2b of each id, keyed as an empty salt is, big-endian."""
-  key = hashlib.blake2b(b"", digest_size=32).digest()
-  return np.array(
-    [
-      int.from_bytes(
-        hashlib.blake2b(str(i).encode(), digest_size=8, key=key).digest(), "big"
-      )
-      for i in ids
-    ],
-    np.uint64,
-  )
-
-
-def scores_of(kind, n, rng):
-  score = rng.normal(size=n)
-  if kind == "rounded":
-    score = np.round(score, 1)
-  elif kind == "equal":
-    score = np.where(np.arange(n) % 2, 0.0, -0.0)
-  elif kind == "wild":
-    score = score * 10.0 ** rng.integers(-300, 300, n)
-    score[:9] = [
-      np.inf,
-      -np.inf,
-      np.inf,
-      5e-324,
-      -5e-324,
-      0.0,
-      -0.0,
-      1e308,
-      np.nextafter(1e308, 0),
-    ]
-  return score
-
-
-@pytest.mark.parametrize("kind", ["plain", "rounded", "equal", "wild"])
-def test_the_best_are_those_of_a_sort(kind):
-  n = 601
-  ids, score = ids_of(n), scores_of(kind, n, np.random.default_rng(3))
-  order = np.lexsort((np.arange(n), hashed(ids), -score))
-  for m in (0, 1, 60, 300, n - 1, n):
-    assert topk.top(score, ids, m).tolist() == order[:m].tolist()
+    make_pool(["a", "b"], {"length": np.zeros(3)})
 
 
 def test_an_id_in_bytes_is_the_same_id():
   ids = np.array(["a", "é", "row-7"])
-  raw = np.array([i.encode() for i in ids])
-  assert topk.id_hash(raw).tolist() == topk.id_hash(ids).tolist()
-  np.testing.assert_array_equal(
-    topk.gumbel(1, raw, "x"), topk.gumbel(1, ids, "x")
-  )
+  encoded = np.array([i.encode() for i in ids])
+  assert topk.id_hash(encoded).tolist() == topk.id_hash(ids).tolist()

@@ -49,31 +49,25 @@ def test_tensorboard_holds_every_number(tmp_path):
   assert scalars(tmp_path / "tensorboard")[1] == [2]
 
 
-def test_nothing_is_imported_unless_it_is_asked_for(tmp_path, monkeypatch):
+def test_nothing_is_imported_unless_it_is_named(tmp_path, monkeypatch, capsys):
+  """What is not installed is named once and left out."""
   for name in ("tensorboardX", "wandb"):
-    monkeypatch.setitem(sys.modules, name, None)  # an import would raise
-  none = trackers.open_all((), tmp_path, "align", 0)
-  none.log(0, {"train/loss": 1.0})
-  none.close()
-  assert list(tmp_path.iterdir()) == []
-
-
-def test_what_is_not_installed_is_said_and_left_out(
-  tmp_path, monkeypatch, capsys
-):
-  monkeypatch.setitem(sys.modules, "wandb", None)
-  one = trackers.open_all(("wandb",), tmp_path, "align", 0)
-  one.log(0, {"train/loss": 1.0})
-  one.close()
-  out = capsys.readouterr().out
-  assert out.count("tracker wandb is left out: ") == 1
-  assert "ImportError" in out or "ModuleNotFoundError" in out
+    monkeypatch.setitem(sys.modules, name, None)  # an import raises
+  for names in ((), ("wandb",)):
+    one = trackers.open_all(names, tmp_path, "align", 0)
+    one.log(0, {"train/loss": 1.0})
+    one.close()
+    out = capsys.readouterr().out
+    assert out.count("tracker wandb is left out: ") == len(names)
+    assert ("ImportError" in out or "ModuleNotFoundError" in out) == bool(names)
+    assert names or list(tmp_path.iterdir()) == []
 
 
 def test_one_that_fails_midway_is_left_out_and_the_others_go_on(
   tmp_path, monkeypatch, capsys
 ):
-  seen = []
+  """On process 0; no other opens any."""
+  seen, opened = [], []
   good = trackers.Tracker(lambda step, values: seen.append(step), lambda: None)
 
   def failing(step, values):
@@ -81,73 +75,50 @@ def test_one_that_fails_midway_is_left_out_and_the_others_go_on(
       raise RuntimeError("no network")
 
   bad = trackers.Tracker(failing, lambda: pytest.fail("closed after it broke"))
-  monkeypatch.setattr(
-    trackers, "TRACKERS", dict(bad=lambda *_: bad, good=lambda *_: good)
-  )
-  one = trackers.open_all(("bad", "good"), tmp_path, "align", 0)
-  for step in range(3):
-    one.log(step, {})
-  one.close()
-  assert seen == [0, 1, 2]
-  assert (
-    capsys.readouterr().out.count(
-      "tracker bad is left out: RuntimeError: no network"
-    )
-    == 1
-  )
+  table = dict(bad=lambda *_: bad, good=lambda *_: opened.append(1) or good)
+  monkeypatch.setattr(trackers, "TRACKERS", table)
+  for process in (0, 1):
+    monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+    one = trackers.open_all(("bad", "good"), tmp_path, "align", 0)
+    for step in range(3):
+      one.log(step, {})
+    one.close()
+  assert seen == [0, 1, 2] and opened == [1]
+  words = "tracker bad is left out: RuntimeError: no network"
+  assert capsys.readouterr().out.count(words) == 1
 
 
-def test_only_process_0_tracks(tmp_path, monkeypatch):
-  monkeypatch.setattr(jax, "process_index", lambda: 1)
-  monkeypatch.setattr(
-    trackers,
-    "TRACKERS",
-    dict(one=lambda *_: pytest.fail("opened on process 1")),
-  )
-  trackers.open_all(("one",), tmp_path, "align", 0).close()
-
-
-def test_wandb_is_told_the_run_and_its_numbers(tmp_path, monkeypatch):
+def test_wandb_gets_the_run_and_its_numbers(tmp_path, monkeypatch):
   """Against the shape of its client: a run that logs and finishes."""
-  calls, told = [], []
+  calls, runs = [], []
   run = types.SimpleNamespace(
     log=lambda values, step: calls.append((step, values)),
     finish=lambda: calls.append("finish"),
   )
-  monkeypatch.setitem(
-    sys.modules,
-    "wandb",
-    types.SimpleNamespace(init=lambda **kw: told.append(kw) or run),
-  )
+  client = types.SimpleNamespace(init=lambda **kw: runs.append(kw) or run)
+  monkeypatch.setitem(sys.modules, "wandb", client)
   monkeypatch.delenv("WANDB_PROJECT", raising=False)
 
   def opened(start, folder=tmp_path):
     trackers.open_all(("wandb",), folder, "align isa", start).close()
-    return told[-1]["id"]
+    return runs[-1]["id"]
 
   one = trackers.open_all(("wandb",), tmp_path, "align isa", 0)
   one.log(3, {"train/loss": 1.0})
   one.close()
   assert calls == [(3, {"train/loss": 1.0}), "finish"]
-  assert (
-    told[0].items()
-    >= dict(
-      name="align isa",
-      project="jaxalign",
-      resume="allow",
-      group=tmp_path.name,
-      dir=str(tmp_path),
-    ).items()
-  )
-  # Gone on from, it is the same run; begun anew, or elsewhere, another one.
-  first = told[0]["id"]
+  wanted = dict(name="align isa", project="jaxalign", resume="allow")
+  wanted |= dict(group=tmp_path.name, dir=str(tmp_path))
+  assert runs[0].items() >= wanted.items()
+  # Resumed, it is the same run; begun anew, or elsewhere, another one.
+  first = runs[0]["id"]
   assert len(first) == 16 and opened(4) == first == opened(6)
   other = opened(0)
   assert other != first and opened(2) == other
   assert opened(2, tmp_path / "elsewhere") not in (first, other)
   monkeypatch.setenv("WANDB_PROJECT", "mine")
   opened(2)
-  assert told[-1]["project"] == "mine"
+  assert runs[-1]["project"] == "mine"
 
 
 def test_an_unknown_tracker_names_the_knob():

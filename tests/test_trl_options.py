@@ -130,10 +130,10 @@ def test_every_knob_of_ours_is_in_the_config():
     for p in inspect.signature(fn).parameters.values()
     if p.kind == p.KEYWORD_ONLY
   }
-  for _, _, ours, default, said in tables()[tuple(MAPPED)]:
+  for _, _, ours, default, words in tables()[tuple(MAPPED)]:
     name, default = code(ours), code(default)
     if not name:
-      assert said and not default  # no knob: what happens is said
+      assert words and not default  # no knob: what happens is explained
       continue
     section, _, last = name.rpartition(".")
     if section == "loss.kwargs" and not default:

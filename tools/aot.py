@@ -26,17 +26,12 @@ import time
 from typing import Any, NamedTuple
 
 # Before jax is imported: no TPU to ask, none to lock.
-for _name, _value in dict(
-  TPU_SKIP_MDS_QUERY="1",
-  JAX_PLATFORMS="cpu",
-  ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-  TPU_WORKER_HOSTNAMES="localhost",
-  TPU_ACCELERATOR_TYPE="v5litepod-16",
-).items():
-  os.environ.setdefault(_name, _value)
+_NO_TPU = dict(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+_NO_TPU |= dict(TPU_WORKER_HOSTNAMES="localhost", JAX_PLATFORMS="cpu")
+_NO_TPU |= dict(TPU_ACCELERATOR_TYPE="v5litepod-16")
+os.environ |= _NO_TPU | os.environ
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-# pylint: disable=wrong-import-position
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -159,28 +154,21 @@ def abstract_batch(
   micro = rows // accumulation
   shape = (accumulation, micro, responses)
 
-  def array(dtype, *shape):
-    return jax.ShapeDtypeStruct(
-      shape, dtype, sharding=sharding.named(mesh, None, "batch")
-    )
+  placed = sharding.named_sharding(mesh, None, "batch")
+  array = lambda dtype, *shape: jax.ShapeDtypeStruct(
+    shape, dtype, sharding=placed
+  )
 
   def tokens_and_mask():
     if layout == "padded":
-      return (
-        array(jnp.int32, *shape, length),
-        array(jnp.bool_, *shape, length),
-      )
-    devices = sharding.parts(mesh, "batch")
-    one = dense_row(
-      micro // devices,
-      responses,
-      length,
-      prompt or length // 4,
-      layout == "packed",
+      whole = *shape, length
+      return array(jnp.int32, *whole), array(jnp.bool_, *whole)
+    devices, share = sharding.parts(mesh, "batch"), layout == "packed"
+    own = micro // devices, responses, length, prompt or length // 4, share
+    packed = jax.tree.map(
+      lambda x: array(x.dtype, accumulation, devices, *x.shape), dense_row(*own)
     )
-    return jax.tree.map(
-      lambda x: array(x.dtype, accumulation, devices, *x.shape), one
-    ), array(jnp.int32, *shape, 1)
+    return packed, array(jnp.int32, *shape, 1)
 
   sums = array(jnp.float32, *shape)
   prefix = sums if "common_prefix" in getattr(loss, "extras", ()) else None
@@ -211,17 +199,14 @@ def abstract_state(
 ) -> steps.TrainState:
   """A `TrainState` without its values; moments lie as the parameters do."""
   params = adapters.split(decoder.abstract(m, mesh), m.lora)[0]
-  whole = sharding.named(mesh)
+  whole = sharding.named_sharding(mesh)
 
   def placed(x):
     # A scalar comes back bare; a moment has its parameter's sharding.
-    return jax.ShapeDtypeStruct(
-      x.shape,
-      x.dtype,
-      sharding=(
-        jax.sharding.NamedSharding(mesh, x.sharding.spec) if x.shape else whole
-      ),
-    )
+    where = whole
+    if x.shape:
+      where = jax.sharding.NamedSharding(mesh, x.sharding.spec)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
   return steps.TrainState(
     params,
@@ -236,14 +221,17 @@ def abstract_frozen(
 ) -> dict[str, Any]:
   """What adapters leave as it is, in the dtype of the reference."""
   fixed = adapters.split(decoder.abstract(m, mesh), m.lora)[1]
+  given = lambda n, x: x.dtype if adapters.is_adapter(n) else jnp.dtype(dtype)
   return {
-    n: jax.ShapeDtypeStruct(
-      x.shape,
-      x.dtype if adapters.is_adapter(n) else jnp.dtype(dtype),
-      sharding=x.sharding,
-    )
+    n: jax.ShapeDtypeStruct(x.shape, given(n, x), sharding=x.sharding)
     for n, x in fixed.items()
   }
+
+
+def _optimizer(t: Any, **more) -> Any:
+  """The optimizer of a config's train section."""
+  knobs = dict(clip=t.clip, b2=t.b2, weight_decay=t.weight_decay)
+  return optim.make_optimizer(**knobs, **more)
 
 
 def of_config(path: str) -> tuple[decoder.ModelConfig, dict[str, Any]]:
@@ -254,15 +242,9 @@ def of_config(path: str) -> tuple[decoder.ModelConfig, dict[str, Any]]:
   spec.loader.exec_module(module)
   c = module.get_config(variant)
   m = hf.read_config(c.model.checkpoint, c.model.dtype, c.model.remat)
-  m = m._replace(
-    context=c.model.context, lora=lora_of(c), attention=c.model.attention
-  )
-  tx = optim.make_optimizer(
-    clip=c.train.clip,
-    b2=c.train.b2,
-    weight_decay=c.train.weight_decay,
-    name=c.train.optimizer,
-  )
+  own = dict(context=c.model.context, attention=c.model.attention)
+  m = m._replace(lora=lora_of(c), **own)
+  tx = _optimizer(c.train, name=c.train.optimizer)
   if m.lora and m.lora.variant == "allora":
     tx = optim.allora(tx, ALLORA_ETA)
   return m, dict(
@@ -281,14 +263,8 @@ def of_config(path: str) -> tuple[decoder.ModelConfig, dict[str, Any]]:
 
 def of_flags(loss: str) -> dict[str, Any]:
   """A loss by its name and the default config's optimizer, as `of_config`."""
-  c = common.base()
-  fn = bind(find(loss), loss, {})
-  return dict(
-    loss=fn,
-    tx=optim.make_optimizer(
-      clip=c.train.clip, b2=c.train.b2, weight_decay=c.train.weight_decay
-    ),
-  )
+  tx = _optimizer(common.base().train)
+  return dict(loss=bind(find(loss), loss, {}), tx=tx)
 
 
 def held_bytes(tree: Any) -> int:
@@ -384,8 +360,8 @@ def table(report: Report) -> str:
   """The report as lines for a terminal."""
   r, mib = report, lambda n: f"{n / 2**20:,.1f} MiB"
   mesh = " x ".join(f"{a}={n}" for a, n in r.mesh.items())
-  rest = {k: v for k, v in r.planned.items()}
-  rest = {k: v for k, v in rest.items() if k not in ("parameters", "optimizer")}
+  rest = {**r.planned}
+  del rest["parameters"], rest["optimizer"]
   lines = {
     "topology": f"{r.topology}, {r.chips} chips, mesh {mesh}",
     "parameters": f"{r.parameters:,}",
@@ -399,10 +375,9 @@ def table(report: Report) -> str:
     "lowered, compiled in": f"{r.lower_seconds:.1f} s, "
     f"{r.compile_seconds:.1f} s",
   }
-  held_lines = [
-    f"held: {mib(n)} {shape} {name}" for n, shape, name in r.largest
-  ]
-  return "\n".join([*(f"{k:<32}{v}" for k, v in lines.items()), *held_lines])
+  out = [f"{k:<32}{v}" for k, v in lines.items()]
+  out += [f"held: {mib(n)} {shape} {name}" for n, shape, name in r.largest]
+  return "\n".join(out)
 
 
 def main(argv: list[str]) -> int:

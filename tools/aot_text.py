@@ -21,6 +21,10 @@ COLLECTIVES = (
 )
 
 
+VALUE = r"value: <\d+ (\S+) @\d+> \(size=(\d+),offset=\d+\): (\w+)\[([\d,]*)\]"
+CALLS = r"(?:calls|body|condition|to_apply|called_computation)=%?([\w.\-]+)"
+
+
 class Instruction(NamedTuple):
   """One line of a compiled program."""
 
@@ -46,15 +50,12 @@ def instructions(text: str) -> list[Instruction]:
     bare = re.sub(r"\{[^{}]*\}|/\*.*?\*/", "", found.group(2))
     parts = re.match(r"(\(.*?\)|\S+) ([\w\-]+)\(", bare)
     if parts:
+      arrays = re.findall(r"\b(pred|[a-z]+\d\w*)\[([\d,]*)\]", parts[1])
       shapes = [
         (kind, tuple(int(n) for n in dims.split(",") if n))
-        for kind, dims in re.findall(
-          r"\b(pred|[a-z]+\d\w*)\[([\d,]*)\]", parts.group(1)
-        )
+        for kind, dims in arrays
       ]
-      out.append(
-        Instruction(computation, found.group(1), parts.group(2), shapes, line)
-      )
+      out.append(Instruction(computation, found[1], parts[2], shapes, line))
   return out
 
 
@@ -63,12 +64,7 @@ def _called(program: list[Instruction], start: str) -> set[str]:
   calls = collections.defaultdict(set)
   seen, todo = set(), []
   for i in program:
-    calls[i.computation].update(
-      re.findall(
-        r"(?:calls|body|condition|to_apply|called_computation)=%?([\w.\-]+)",
-        i.text,
-      )
-    )
+    calls[i.computation].update(re.findall(CALLS, i.text))
     todo += re.findall(start, i.text)
   while todo:
     name = todo.pop()
@@ -145,7 +141,7 @@ def logit_buffers(
 
   They have as many elements as `logit_elements`, or more, and a multiple of
   V / tensor of them, whatever their axes are merged to. The embedding and the
-  head may be as large: [V, D] is told apart by its shape.
+  head may be as large: [V, D] is recognised by its shape.
 
   Args:
     program: from `instructions`.
@@ -169,11 +165,8 @@ def logit_buffers(
   for i in program:
     for s in i.shapes:
       count = int(np.prod(s[1], dtype=np.int64))
-      if (
-        count >= least
-        and count % part == 0
-        and sorted(n for n in s[1] if n > 1) not in weights
-      ):
+      weight = sorted(n for n in s[1] if n > 1) in weights
+      if count >= least and count % part == 0 and not weight:
         found.append(f"{_words(s)} {i.op} {i.name}")
   return found
 
@@ -191,11 +184,7 @@ def held(assignment: str) -> list[tuple[int, str, str]]:
   for part in re.split(r"^allocation ", assignment, flags=re.MULTILINE)[1:]:
     if re.match(r".*\bparameter \d+", part) or "thread-local" in part[:200]:
       continue
-    for name, size, kind, dims in re.findall(
-      r"value: <\d+ (\S+) @\d+> \(size=(\d+),offset=\d+\): "
-      r"(\w+)\[([\d,]*)\]",
-      part,
-    ):
+    for name, size, kind, dims in re.findall(VALUE, part):
       out.setdefault((int(size), f"{kind}[{dims}]"), name.split("{")[0])
   return [(*key, out[key]) for key in sorted(out, reverse=True)]
 

@@ -15,6 +15,7 @@ the best of --count, so that from two on nothing that is compiled counts.
 import argparse
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -79,15 +80,11 @@ def write_pairs(path: pathlib.Path, n: int) -> None:
 def _memory(pid: int) -> dict[str, float]:
   """Anonymous and file-backed memory of a process, MiB."""
   try:
-    lines = pathlib.Path(f"/proc/{pid}/status").read_text().splitlines()
+    text = pathlib.Path(f"/proc/{pid}/status").read_text()
   except OSError:
     return {}
-  found = dict(line.split(":", 1) for line in lines)
-  return {
-    name: int(found[name].split()[0]) / 1024
-    for name in ("RssAnon", "RssFile")
-    if name in found
-  }
+  found = re.findall(r"^(RssAnon|RssFile):\s+(\d+)", text, re.MULTILINE)
+  return {name: int(size) / 1024 for name, size in found}
 
 
 def _run(source: pathlib.Path, sampler: str, work: pathlib.Path) -> dict:

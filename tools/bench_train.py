@@ -36,23 +36,12 @@ OURS = {
   "+ packed": ("packed_apart", "chunked", False),
   "+ prompt once": ("packed", "chunked", False),
 }
-ALL_TRL = dict(
-  beta=0.1,
-  num_train_epochs=1000,
-  learning_rate=1e-6,
-  lr_scheduler_type="constant",
-  max_grad_norm=1.0,
-  max_length=None,
-  bf16=False,
-  use_cpu=True,
-  gradient_checkpointing=False,
-  dataloader_pin_memory=False,
-  seed=0,
-  logging_steps=10**6,
-  save_strategy="no",
-  report_to=[],
-  disable_tqdm=True,
-)
+ALL_TRL = dict(beta=0.1, num_train_epochs=1000, max_grad_norm=1.0, seed=0)
+ALL_TRL |= dict(learning_rate=1e-6, lr_scheduler_type="constant")
+ALL_TRL |= dict(max_length=None, gradient_checkpointing=False)
+ALL_TRL |= dict(bf16=False, use_cpu=True, dataloader_pin_memory=False)
+ALL_TRL |= dict(logging_steps=10**6, save_strategy="no", report_to=[])
+ALL_TRL |= dict(disable_tqdm=True)
 GROUPED = dict(
   train_sampling_strategy="group_by_length", length_column_name="length"
 )
@@ -104,7 +93,7 @@ def prepare(args, folder: pathlib.Path) -> None:
   m = decoder.ModelConfig(**shape, vocab=vocab, context=args.context)
   mesh = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
   with jax.set_mesh(mesh):
-    params = decoder.init(jax.random.key(0), m, mesh)
+    params = decoder.init(jax.random.key(0), m)
     hf.export_folder(folder / "export", params, m, tok)
   count = decoder.parameter_count(m)
   line(f"Llama of {count:,} parameters, vocabulary {vocab}")
@@ -231,13 +220,10 @@ def theirs(args) -> None:
     folder / "export", local_files_only=True
   )
   updates = len(pairs) // args.batch
-  config = trl.DPOConfig(
-    output_dir=str(folder / "trl"),
-    per_device_train_batch_size=args.batch // args.micro,
-    gradient_accumulation_steps=args.micro,
-    **ALL_TRL,
-    **TRL[args.system],
-  )
+  batch = dict(per_device_train_batch_size=args.batch // args.micro)
+  batch |= dict(gradient_accumulation_steps=args.micro)
+  own = ALL_TRL | TRL[args.system] | batch
+  config = trl.DPOConfig(output_dir=str(folder / "trl"), **own)
   model = transformers.AutoModelForCausalLM.from_pretrained(
     folder / "export", local_files_only=True, dtype=torch.float32
   )

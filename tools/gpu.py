@@ -4,12 +4,12 @@ r"""The figures of a GPU, as lines of Markdown and as JSON.
   python tools/gpu.py --sections=train            # one of them
   python tools/gpu.py --toy                       # a rehearsal on CPU, tiny
 
-Sections: attention (cuDNN's numbers beside plain's, and its time), train (how
-much of the card a Llama uses, beside transformers on the same card), dpo (a
+Sections: attention (cuDNN's numbers and plain's, and its time), train (how
+much of the card a Llama uses, and transformers on the same card), dpo (a
 step on pairs), mixture (the selection). jax and torch take turns in two
 processes. Several sections run in a process each, so that what one leaves on
 the card is gone before the next. What fails says so, and the rest runs. What
-counts as useful is said in tools/gpu_measure.py. Nothing is downloaded.
+counts as useful stands in tools/gpu_measure.py. Nothing is downloaded.
 
 A toy run's figures say nothing of a GPU: its attention is XLA's.
 """
@@ -76,13 +76,10 @@ def card() -> dict:
   """Name, driver and memory, as nvidia-smi says; of a CPU, that it is one."""
   if TOY:
     return dict(device="cpu", driver="none", memory_mib=0)
-  asked = "--query-gpu=name,driver_version,memory.total"
-  told = subprocess.check_output(
-    ["nvidia-smi", asked, "--format=csv,noheader,nounits"],
-    text=True,
-    timeout=60,
-  )
-  name, driver, memory = (x.strip() for x in told.splitlines()[0].split(","))
+  query = "--query-gpu=name,driver_version,memory.total"
+  command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
+  text = subprocess.check_output(command, text=True, timeout=60)
+  name, driver, memory = (x.strip() for x in text.splitlines()[0].split(","))
   return dict(device=name, driver=driver, memory_mib=int(float(memory)))
 
 
@@ -122,7 +119,7 @@ def peer_of(section):
   return section.attempt("torch's process", start)
 
 
-def beside(section, what: str, sides: dict, counts: dict) -> None:
+def alternating(section, what: str, sides: dict, counts: dict) -> None:
   """Adds a row for each of the sides, which take turns."""
   times = section.attempt(what, lambda: measure.alternate(sides, REPEATS))
   for who, seconds in (times or {}).items():
@@ -132,10 +129,7 @@ def beside(section, what: str, sides: dict, counts: dict) -> None:
 def draw(mesh, seed: int, shape, axes) -> jax.Array:
   """Normal bfloat16 numbers on the mesh."""
   x = jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
-  return jax.device_put(x, sharding.named(mesh, *axes))
-
-
-# Attention.
+  return jax.device_put(x, sharding.named_sharding(mesh, *axes))
 
 
 def seen_of(mesh, rows: int, length: int, segments: bool) -> attention.Seen:
@@ -186,17 +180,14 @@ def equality(section, mesh, name, case) -> None:
     exact = values_and_gradients(
       attend("plain", seen, window, size), *(x.astype("float32") for x in args)
     )
+  gap = lambda a, b: float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b)))
   errors = {}
   for kernel in ("cudnn", "plain"):
     ours = values_and_gradients(attend(kernel, seen, window, size), *args)
-    errors[kernel] = [
-      float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b)))
-      for a, b in zip(ours, exact)
-    ]
+    errors[kernel] = list(map(gap, ours, exact))
   holds = all(e <= TOLERANCE for e in errors["cudnn"])  # NaN does not
-  section.settings.setdefault("equality", []).append(
-    dict(case=name, holds=holds)
-  )
+  found = section.settings.setdefault("equality", [])
+  found.append(dict(case=name, holds=holds))
   words = {k: ", ".join(f"{e:.1e}" for e in v) for k, v in errors.items()}
   section.note(
     f"{name}: error over largest value (values, q, k, v): cuDNN "
@@ -216,11 +207,8 @@ def attention_section(section, mesh) -> None:
   peer = peer_of(section)
   for backward in (False, True):
     sides = {}
-    for kernel, segments in (
-      ("cudnn", False),
-      ("plain", False),
-      ("cudnn", True),
-    ):
+    kernels = ("cudnn", False), ("plain", False), ("cudnn", True)
+    for kernel, segments in kernels:
       fn = attend(kernel, seen_of(mesh, ROWS, LENGTH, segments), 0, size)
       run = functools.partial(values_and_gradients, fn, *args)
       if not backward:
@@ -230,18 +218,15 @@ def attention_section(section, mesh) -> None:
       sides |= {who: side} if side else {}
     if peer:
       sizes = {n: getattr(m, n) for n in ("heads", "kv_heads", "head_size")}
-      request = dict(
-        do="attention", backward=backward, calls=5 * CALLS, **sizes
-      )
-      request |= dict(rows=ROWS, length=LENGTH)
+      request = dict(do="attention", backward=backward, calls=5 * CALLS)
+      request |= dict(rows=ROWS, length=LENGTH, **sizes)
       ask = lambda: peer.ask(90, **request)["seconds"]
       sides |= {"torch, SDPA": ask} if section.attempt("SDPA", ask) else {}
     what = "forward and backward" if backward else "forward"
-    beside(section, what, sides, dict(flops=causal * (3 if backward else 1)))
+    alternating(
+      section, what, sides, dict(flops=causal * (3 if backward else 1))
+    )
   section.note("FLOPs are of the causal half, with three segments too")
-
-
-# Training.
 
 
 class Step:
@@ -254,7 +239,7 @@ class Step:
     ids = np.random.default_rng(0).integers(0, m.vocab, shape, np.int32)
     tokens = sharding.put(mesh, ids, None, "batch", None, None)
     mask = jnp.ones_like(tokens)
-    params = decoder.init(jax.random.key(0), m, mesh)
+    params = decoder.init(jax.random.key(0), m)
     # Computed once, as for a run: the reference is the first policy.
     ref = jax.jit(lambda p, t, k: logps_fn(p, t, k))(params, tokens[0], mask[0])
     ref = jax.tree.map(lambda x: x[None], ref)
@@ -313,7 +298,7 @@ def train_section(section, mesh) -> None:
     if section.attempt(who, ask):
       ours = {f"{OURS}, remat {remat}": measure.clock(step, CALLS)}
       what = f"train step, {ROWS} rows"
-      beside(section, what, ours | {who: ask}, step.counts)
+      alternating(section, what, ours | {who: ask}, step.counts)
 
 
 def dpo_section(section, mesh) -> None:
@@ -328,25 +313,19 @@ def dpo_section(section, mesh) -> None:
       section.failures.append(f"the first loss is {gap} from ln 2")
 
 
-# Selection.
-
-
 def mixture_section(section, mesh) -> None:
   peaks_of(section, "float32")
   n, width, k = (2048, 32, 2) if TOY else (122_270, 4096, 2)
   section.settings |= dict(rows=n, width=width, components=k)
-  section.attempt("sums beside float64", lambda: sums_exact(section, mesh))
+  section.attempt("sums and float64's", lambda: sums_exact(section, mesh))
   x = np.random.default_rng(0).standard_normal((n, width), np.float32)
   x[: n // 2, :8] += 3.0
   space = whiten.Space(np.zeros(width), np.eye(width), np.ones(width), 1.0, x)
-  flops = em.flops(n, width, k, "full")
+  flops = em.em_flops(n, width, k, "full")
 
   def iterations():
-    state = em.Gaussians(
-      np.log(np.full(k, 1 / k)),
-      np.float64(x[:k]),
-      np.stack([np.eye(width)] * k),
-    )
+    one = np.stack([np.eye(width)] * k)
+    state = em.Gaussians(np.log(np.full(k, 1 / k)), np.float64(x[:k]), one)
     sweep, seconds = em.sweep_of(mesh, x, 1e-4, "full"), []
     sweep(state)  # compiles
     while len(seconds) < REPEATS and (section.left() > 90 or TOY):
@@ -365,7 +344,7 @@ def mixture_section(section, mesh) -> None:
 
   def fit():
     few = mixture.MixtureOptions(k, starts=1, tol=-1.0, max_iterations=2)
-    mixture.fit(mesh, x, few, space=space)
+    mixture.fit_mixture(mesh, x, few, space=space)
 
   reduce = lambda: whiten.whiten(mesh, x, mixture.MixtureOptions())
   section.attempt("iteration", iterations)
@@ -375,14 +354,14 @@ def mixture_section(section, mesh) -> None:
 
 
 def sums_exact(section, mesh) -> None:
-  """The device's second moments beside NumPy's; TF32 would be 3e-4 off."""
+  """The device's second moments and NumPy's; TF32 would be 3e-4 off."""
   n, width = (256, 16) if TOY else (4096, 256)
   x = np.random.default_rng(3).standard_normal((n, width), np.float32)
   state = em.Gaussians(np.zeros(1), np.zeros((1, width)), np.eye(width)[None])
   sums, _ = em.sweep_of(mesh, x, 0.0, "full")(state)
   exact = np.float64(x).T @ np.float64(x)
   error = np.linalg.norm(sums.second[0] - exact) / np.linalg.norm(exact)
-  section.note(f"second moments beside float64: relative error {error:.1e}")
+  section.note(f"second moments and float64's: relative error {error:.1e}")
   if not error < 1e-5:
     section.failures.append(f"second moments are {error:.1e} off: TF32?")
 
@@ -414,9 +393,8 @@ def summary(out: pathlib.Path) -> None:
 def run_section(name: str, out: pathlib.Path) -> int:
   """Runs one section in this process; how much of it failed."""
   run, limit = SECTIONS[name]
-  settings = card() | dict(
-    toy=TOY, jax=jax.__version__, xla_flags=os.environ.get("XLA_FLAGS", "")
-  )
+  settings = card() | dict(toy=TOY, jax=jax.__version__)
+  settings["xla_flags"] = os.environ.get("XLA_FLAGS", "")
   print(f"\n## {name} ({settings})\n", flush=True)
   mesh = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
   section = measure.Section(name, out, limit, settings)

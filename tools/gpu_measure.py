@@ -26,7 +26,7 @@ from jaxalign.model import decoder
 from jaxalign.model.flops import decoder_flops
 
 # Published dense peaks, FLOP/s: (bfloat16 on the matrix units, float32 without
-# them), by the start of the card's name, longest first.
+# them), by the first words of the card's name, longest first.
 PEAKS = {
   "NVIDIA H100 PCIe": (756e12, 51e12),
   "NVIDIA H100 NVL": (835e12, 60e12),
@@ -93,7 +93,7 @@ def product_peak(dtype: str, size: int, calls: int, repeats: int) -> float:
   """FLOP/s of a square matrix product, the best of the repeats.
 
   Random data (zeros run faster), a chain of dependent products whose values
-  keep their size; float32 is asked for at its full precision.
+  keep their size; float32 at its full precision.
   """
   draw = jax.random.normal(jax.random.key(0), (size, size)) / size**0.5
   exact = jax.lax.Precision.HIGHEST if dtype == "float32" else None
@@ -113,14 +113,10 @@ class Peer:
 
   def __init__(self, log: pathlib.Path, toy: bool):
     self.log = open(log, "a")
-    tool = pathlib.Path(__file__).with_name("gpu_torch.py")
-    self.child = subprocess.Popen(
-      [sys.executable, str(tool), *(["--toy"] if toy else [])],
-      stdin=subprocess.PIPE,
-      text=True,
-      stdout=subprocess.PIPE,
-      stderr=self.log,
-    )
+    tool = str(pathlib.Path(__file__).with_name("gpu_torch.py"))
+    command = [sys.executable, tool, *(["--toy"] if toy else [])]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    self.child = subprocess.Popen(command, text=True, stderr=self.log, **pipes)
     self.answers = queue.Queue()
     threading.Thread(target=self._read, daemon=True).start()
 
@@ -184,17 +180,9 @@ class Section:
     tokens: int = 0,
   ) -> None:
     """One row; `flops` and `tokens` are of the one call timed."""
-    middle = statistics.median(seconds)
-    row = dict(
-      what=what,
-      who=who,
-      seconds=middle,
-      low=min(seconds),
-      high=max(seconds),
-      repeats=len(seconds),
-      flops=flops,
-      tokens=tokens,
-    )
+    middle, low, high = statistics.median(seconds), min(seconds), max(seconds)
+    row = dict(what=what, who=who, repeats=len(seconds))
+    row |= dict(seconds=middle, low=low, high=high, flops=flops, tokens=tokens)
     for name, peak in self.peaks.items():
       row[f"of_{name}"] = flops / middle / peak if peak else None
     self.rows.append(row)
@@ -232,12 +220,12 @@ def as_line(row: dict[str, Any]) -> str:
     value = row.get(f"of_{name}")
     return f"{100 * value:.1f} %" if value and row["flops"] else "-"
 
-  ms = [1e3 * row[n] for n in ("seconds", "low", "high")]
+  ms, low, high = (1e3 * row[n] for n in ("seconds", "low", "high"))
   rate = row["flops"] / row["seconds"] / 1e12
   speed = row["tokens"] / row["seconds"]
-  return (
-    f"| {row['what']} | {row['who']} | {ms[0]:.3f} ({ms[1]:.3f} to "
-    f"{ms[2]:.3f}; {row['repeats']}) | {f'{rate:.2f}' if rate else '-'} "
-    f"| {fraction('published')} | {fraction('measured')} | "
-    f"{f'{speed:,.0f}' if speed else '-'} |"
-  )
+  cells = row["what"], row["who"]
+  cells += (f"{ms:.3f} ({low:.3f} to {high:.3f}; {row['repeats']})",)
+  cells += (f"{rate:.2f}" if rate else "-",)
+  cells += fraction("published"), fraction("measured")
+  cells += (f"{speed:,.0f}" if speed else "-",)
+  return f"| {' | '.join(cells)} |"

@@ -2,7 +2,7 @@
 
 Reads one JSON request a line and answers with one line, so that the process
 that asks can take turns with it on one card. What a request builds is kept
-until another is asked for. Seconds are of one call, waited for; a first call
+until another one comes. Seconds are of one call, waited for; a first call
 (and torch.compile's work) lies outside the clock.
 """
 
@@ -32,7 +32,7 @@ def sync() -> None:
 
 
 def llama(r, dtype):
-  """A LlamaForCausalLM of the sizes asked for, random, with SDPA."""
+  """A LlamaForCausalLM of the request's sizes, random, with SDPA."""
   import transformers
 
   config = transformers.LlamaConfig(
@@ -90,15 +90,9 @@ def attention(r):
   """Causal scaled_dot_product_attention with grouped queries, bfloat16."""
 
   def draw(heads):
-    return torch.randn(
-      r["rows"],
-      heads,
-      r["length"],
-      r["head_size"],
-      device=DEVICE,
-      dtype=torch.bfloat16,
-      requires_grad=r["backward"],
-    )
+    shape = r["rows"], heads, r["length"], r["head_size"]
+    x = torch.randn(*shape, device=DEVICE, dtype=torch.bfloat16)
+    return x.requires_grad_(r["backward"])
 
   q, k, v = draw(r["heads"]), draw(r["kv_heads"]), draw(r["kv_heads"])
   g = torch.randn_like(q)

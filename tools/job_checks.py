@@ -43,7 +43,7 @@ TIMES = ("time", *(f"perf/{name}_per_s" for name in RATES))
 PAGES = ("report.html", "summary.json", ".lock")
 RUN = (
   "import sys\n{hook}\nfrom {module} import main as command\n"
-  "from jaxalign.cli.exits import start\nstart(command)\n"
+  "from jaxalign.core.exits import start\nstart(command)\n"
 )
 
 

@@ -20,7 +20,6 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-# pylint: disable=wrong-import-position
 import jax
 import numpy as np
 

@@ -21,10 +21,10 @@ from collections.abc import Sequence
 import re
 from typing import Any
 
-from jaxalign.cli.exits import guarded
 from jaxalign.cli.parse import parse_config, parse_flags
 from jaxalign.core import disk, progress
 from jaxalign.core.errors import ConfigError, WriteError
+from jaxalign.core.exits import guarded
 from jaxalign.data import sources
 from jaxalign.eval import interrater, rating_codes, rating_layouts
 from jaxalign.eval.rating_tables import RatingTable, read_ratings

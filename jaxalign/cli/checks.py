@@ -13,7 +13,14 @@ from jaxalign.data import prepare, recipe
 from jaxalign.embed import embedder, questions, row_scores
 from jaxalign.eval import judge_kinds, while_training
 from jaxalign.model import decoder, hf, memory
-from jaxalign.model.job import Job, kernel_of, lora_of, sizes, WHOLE
+from jaxalign.model.job import (
+  given_model,
+  Job,
+  kernel_of,
+  lora_of,
+  sizes,
+  WHOLE,
+)
 from jaxalign.select import columns
 from jaxalign.select.choose import sampler_kwargs
 from jaxalign.select.samplers import chains
@@ -24,7 +31,7 @@ from jaxalign.train.row_columns import check_reads
 
 def _check_columns(c: Any, name: str, kind: str, knob: str) -> None:
   """Raises ConfigError for a sampler that reads what no stage makes."""
-  sampler = chains.named(name, knob)
+  sampler = chains.find_sampler(name, knob)
   if lacking := columns.lacking(c, kind, sampler):
     why = "; ".join(f"{n}: {w}" for n, w in lacking.items() if w)
     raise ConfigError(
@@ -46,7 +53,7 @@ def _stages_read(c: Any, kind: str) -> set[str]:
     stage
     for name in (c.select.sampler, *c.compare)
     if name not in WHOLE
-    for stage in columns.stages(c, kind, chains.named(name))
+    for stage in columns.stages(c, kind, chains.find_sampler(name))
   }
 
 
@@ -85,7 +92,7 @@ def validate(c: Any, planned: bool = False, trains: bool = True) -> None:
   if not (planned and c.data.assume):
     prepare.check_source(c)
   judge_kinds.check_judge(c)
-  loss, sampler = loss_of(c), chains.named(c.select.sampler)
+  loss, sampler = loss_of(c), chains.find_sampler(c.select.sampler)
   sampler_kwargs(c, sampler)
   _check_columns(c, c.select.sampler, loss.kind, "select.sampler")
   if "subset" in sampler.needs:
@@ -170,10 +177,10 @@ def _model(c: Any, planned: bool) -> decoder.ModelConfig:
   """The model's sizes; raises where it cannot be read or exported."""
   m, tokenizer = None, None
   if c.model.checkpoint:
-    m = hf.read_config(c.model.checkpoint, c.model.dtype, c.model.remat)
+    m = given_model(c)
     prepare.context_of(c, m.context)
     if not planned:
-      hf.weights_file(c.model.checkpoint)
+      hf.digest_names(c.model.checkpoint)
   try:
     tokenizer = prepare.given_tokenizer(c)
   except ConfigError:

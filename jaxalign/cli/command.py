@@ -8,10 +8,10 @@ import jax
 
 from jaxalign import pipeline
 from jaxalign.cli import checks
-from jaxalign.cli.exits import guarded
 from jaxalign.cli.parse import Flag, parse_config
 from jaxalign.core import disk, interrupt, progress, sharding
 from jaxalign.core.errors import ConfigError
+from jaxalign.core.exits import guarded
 from jaxalign.model.job import Arm
 from jaxalign.study import plan
 

@@ -6,7 +6,7 @@ r"""Text from a model: `python -m jaxalign.generate`.
     --input=prompts.jsonl --output=answers.jsonl --answers=4
 
 Prompts are texts (--prompt, or the lines of a .txt), or rows of a .jsonl with
-`prompt` or `messages`. They are asked through the tokenizer's chat template
+`prompt` or `messages`. They are written by the tokenizer's chat template
 where it has one, and an answer ends where the template ends a turn. An answer
 is a row {"prompt", "answer", "tokens", "ended"}, of several with "sample". The
 same seed gives the same answers on any number of devices. Exit codes as of
@@ -20,10 +20,10 @@ from etils import epath
 import jax
 import numpy as np
 
-from jaxalign.cli.exits import guarded
 from jaxalign.cli.parse import parse_flags
 from jaxalign.core import disk, sharding
 from jaxalign.core.errors import ConfigError, DataError
+from jaxalign.core.exits import guarded
 from jaxalign.core.hub import resolve
 from jaxalign.data.chat import Chat
 from jaxalign.data.chat_templates import template_source

@@ -24,10 +24,10 @@ from typing import Any, NamedTuple
 from etils import epath
 import numpy as np
 
-from jaxalign.cli.exits import guarded
 from jaxalign.cli.parse import check_exists, parse_flags
 from jaxalign.core import disk, intervals
 from jaxalign.core.errors import ConfigError, DataError
+from jaxalign.core.exits import guarded
 from jaxalign.core.progress import duration, say
 from jaxalign.data.tables import read_table
 from jaxalign.data.world import build_world, faults

@@ -11,62 +11,31 @@ from jaxalign.data import prepare, tokens
 from jaxalign.embed import store
 from jaxalign.model import decoder
 from jaxalign.select import mixture
+from jaxalign.select.em import COVARIANCES
 from jaxalign.select.samplers import isa, values
 from jaxalign.select.topk import budget_rows
-from jaxalign.study import pilot
+from jaxalign.study.pilot import AUTO, check_pilot
 from jaxalign.train import feed, optim
 from jaxalign.train.logps import PRODUCERS
 
 # There must be at least one of these, and of the next none or more.
 COUNTS = (
-  "sft.updates",
-  "sft.save_every",
-  "train.save_every",
-  "embed.tile",
-  "embed.shard",
-  "model.layers",
-  "model.width",
-  "model.heads",
-  "model.ff",
-  "model.head_chunk",
-  "eval.prompts",
-  "eval.new_tokens",
-  "select.mixture.starts",
-  "select.mixture.reservoir",
-  "train.eval_rows",
-  "train.eval_prompts",
-  "seeds",
-  "train.min_updates",
-  "proxy.updates",
-  "proxy.models",
-  "train.keep",
-)
+  "sft.updates sft.save_every train.save_every embed.tile embed.shard "
+  "model.layers model.width model.heads model.ff model.head_chunk "
+  "eval.prompts eval.new_tokens select.mixture.starts "
+  "select.mixture.reservoir train.eval_rows train.eval_prompts seeds "
+  "train.min_updates proxy.updates proxy.models train.keep"
+).split()
 NOT_NEGATIVE = (
-  "train.max_updates",
-  "select.stability_seeds",
-  "data.limit",
-  "eval.temperature",
-  "train.clip",
-  "lora.rank",
-  "train.ref_sync",
-  "train.eval_every",
-  "train.stop_after",
-  "train.explode",
-  "ask.context",
-  "judge.prompts",
-  "judge.labels",
-  "train.weight_decay",
-)
-DECAYS = ("train.b2",)
+  "train.max_updates select.stability_seeds data.limit eval.temperature "
+  "train.clip lora.rank train.ref_sync train.eval_every train.stop_after "
+  "train.explode ask.context judge.prompts judge.labels train.weight_decay"
+).split()
+DECAYS = ["train.b2"]
 FRACTIONS = (
-  "data.world.redundancy",
-  "data.world.flips",
-  "data.world.junk",
-  "data.max_bad_fraction",
-  "data.split",
-  "train.warmup_ratio",
-  "train.ref_mix",
-)
+  "data.world.redundancy data.world.flips data.world.junk "
+  "data.max_bad_fraction data.split train.warmup_ratio train.ref_mix"
+).split()
 RANGES = (  # knobs, whether a value is legal, what is wanted
   (COUNTS, lambda x: x >= 1, "1 or more"),
   (NOT_NEGATIVE, lambda x: x >= 0, "0 or more"),
@@ -76,7 +45,7 @@ RANGES = (  # knobs, whether a value is legal, what is wanted
 CHOICES = {
   "select.order": (*isa.ORDERS, isa.SOFT),
   "select.pair_score": values.SIDES,
-  "select.mixture.covariance": mixture.COVARIANCES,
+  "select.mixture.covariance": COVARIANCES,
   "model.param_dtype": decoder.DTYPES,
   "embed.store_dtype": store.DTYPES,
   "train.optimizer": tuple(optim.OPTIMIZERS),
@@ -85,28 +54,16 @@ CHOICES = {
   "train.logps": tuple(PRODUCERS),
 }
 # Knobs that are lists, of what; a config file or a flag may hold anything.
-LISTS = {
-  "compare": str,
-  "train.trackers": str,
-  "train.eval_sets": str,
-  "lora.targets": str,
-  "budgets": float,
-  "pilot.budgets": float,
-  "profile.steps": int,
-  "data.caps": int,
-  "data.assume": int,
-  "data.skip": str,
-  "data.weights": float,
+_LISTS = {
+  str: "compare train.trackers train.eval_sets lora.targets data.skip",
+  float: "budgets pilot.budgets data.weights",
+  int: "profile.steps data.caps data.assume",
 }
+LISTS = {name: kind for kind, names in _LISTS.items() for name in names.split()}
 _ITEMS = {str: "names", float: "numbers", int: "whole numbers"}
 # Numbers whose own checks say more than "not a finite number".
 OWN_CHECKS = (
-  "select.budget",
-  "budgets",
-  "pilot.budgets",
-  "train.lr",
-  "sft.lr",
-  *DECAYS,
+  "select.budget budgets pilot.budgets train.lr sft.lr train.b2".split()
 )
 LARGEST = 1 << 53  # of a whole number: beyond, a float loses count
 # How many there may be of what a plan lists one by one, or draws.
@@ -119,8 +76,8 @@ def check_knobs(c: Any) -> None:
     for message in found:
       raise ConfigError(message)
   mixture.components_of(c.select.mixture.components)
-  pilot.check(c)
-  auto = c.select.budget == pilot.AUTO
+  check_pilot(c)
+  auto = c.select.budget == AUTO
   for budget in (*c.pilot.budgets, *c.budgets, *[c.select.budget] * (not auto)):
     if not budget > 1 or budget % 1:
       budget_rows(float(budget), 1 << 40)  # rows: once the pool is read

@@ -20,7 +20,7 @@ from jaxalign.core.disk import write_bytes
 from jaxalign.core.errors import ConfigError
 from jaxalign.core.progress import say
 from jaxalign.model.job import Arm, arm_folder, budget_of, Job
-from jaxalign.study import pilot
+from jaxalign.study.pilot import refuse_open
 
 _OUTPUT = ("string", "output", None, "The .parquet of the selected rows.")
 
@@ -33,7 +33,7 @@ def _check(values: Any) -> None:
   if not values.config.data.source:
     raise ConfigError("no rows; set --config.data.source=pairs.jsonl")
   values.config.train.batch_size = 1  # a subset need not fill a batch
-  pilot.refuse(values.config, "jaxalign.select")
+  refuse_open(values.config, "jaxalign.select")
   output = values.output or ""
   if not (output or values.dry_run):
     raise ConfigError("no output; set --output=subset.parquet")

@@ -131,7 +131,7 @@ def read_record(folder: Any, stage: str) -> Record | None:
     return Record(stage, DAMAGED, {}, {}, {}, Cost(), {})
 
 
-def run(
+def run_stage(
   folder: Any, stage: str, how: Description, make: Callable[[epath.Path], tuple]
 ) -> Record:
   """Runs a stage, or skips one that is finished.
@@ -156,7 +156,7 @@ def run(
     progress.say(f"{stage}: finished before ({took}), skipped")
     return old
   if old and state == "unfinished":
-    record.result = old.result  # of `begin`
+    record.result = old.result  # of `begin_stage`
   _enter(folder, record, old, state, how.resumes)
   progress.say(f"{stage}: ...")
   start = time.monotonic()
@@ -176,15 +176,15 @@ def run(
   return record
 
 
-def begin(
+def begin_stage(
   folder: Any, stage: str, how: Description, result: dict[str, Any]
 ) -> bool:
   """Marks a stage as begun, for another stage that makes its files too.
 
-  `run` then resumes it from those files.
+  `run_stage` then resumes it from those files.
 
   Args:
-    folder, stage, how: as of `run`.
+    folder, stage, how: as of `run_stage`.
     result: what its record holds until it is finished; `make` may read it.
 
   Returns:

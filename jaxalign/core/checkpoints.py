@@ -2,7 +2,7 @@
 
 Orbax makes a step visible only when it is whole, but it does not checksum
 array bytes: one flipped bit restores wrong numbers without an error. So a
-manifest of sha256 digests is written beside every step and checked first.
+manifest of sha256 digests is written for every step and checked first.
 """
 
 from collections.abc import Iterator
@@ -22,18 +22,16 @@ from jaxalign.core.errors import WriteError
 
 for _name in ("absl", "asyncio"):  # they log the traceback of what orbax raises
   logging.getLogger(_name).setLevel(logging.CRITICAL)
-_SPARE = 1 << 18  # bytes of a checkpoint beside its arrays
+_SPARE = 1 << 18  # bytes of a checkpoint besides its arrays
 
 
 class Checkpoints:
   """The checkpoints of one training run, the newest `keep` of them.
 
   In the background a save returns once the arrays are copied to the host; a
-  thread waits for the writing and then seals the step with its digests. What
-  was not sealed before the end counts as never finished. The next save, and
-  leaving the context, wait for it and raise what it raised.
-
-  A class because orbax's manager holds open resources; use it as a context.
+  thread waits for the writing and then seals the step with its digests. A step
+  without them counts as never finished. The next save, and leaving the context,
+  wait for the thread and raise its error. Use it as a context.
 
   Args:
     folder: a path or a URL.
@@ -49,17 +47,14 @@ class Checkpoints:
     self.folder = epath.Path(folder)
     if "://" not in str(folder):  # orbax refuses a relative path
       self.folder = epath.Path(os.path.abspath(folder))
-    policy = ocp.checkpoint_managers.LatestN(keep)
+    options = ocp.CheckpointManagerOptions(
+      preservation_policy=ocp.checkpoint_managers.LatestN(keep),
+      create=True,
+      cleanup_tmp_directories=True,
+      enable_async_checkpointing=background,
+    )
     try:
-      self.manager = ocp.CheckpointManager(
-        self.folder,
-        options=ocp.CheckpointManagerOptions(
-          preservation_policy=policy,
-          create=True,
-          cleanup_tmp_directories=True,
-          enable_async_checkpointing=background,
-        ),
-      )
+      self.manager = ocp.CheckpointManager(self.folder, options=options)
     except OSError as error:
       raise WriteError(
         f"cannot make {self.folder}: {error.strerror or error}; set --workdir"
@@ -94,44 +89,39 @@ class Checkpoints:
     self.finish()
     self._check_space(step, items)
     self._step = step
+    trees = {n: ocp.args.StandardSave(x) for n, x in items.items()}
     with self._named(step):
-      self.manager.save(
-        step,
-        args=ocp.args.Composite(
-          **{n: ocp.args.StandardSave(x) for n, x in items.items()}
-        ),
-        force=True,
-      )
-    self._sealing = threading.Thread(
-      target=self._seal, args=(step,), name=f"seal {step}"
-    )
+      self.manager.save(step, args=ocp.args.Composite(**trees), force=True)
+    self._sealing = threading.Thread(target=self._seal, args=(step,))
     self._sealing.start()
     if not self.background:
       self.finish()
 
   @contextlib.contextmanager
   def _named(self, step: int) -> Iterator[None]:
-    """Says what an error of orbax means."""
+    """Turns an error of orbax into a WriteError that says what it means."""
     try:
       yield
     except (OSError, ValueError) as error:
       full = "No space left" in str(error)
-      if full or isinstance(error, OSError):
-        raise WriteError(
-          f"cannot save step {step} to {self.folder}: "
-          f"{'No space left on device' if full else error}; the step before "
-          "is still there, free space and run the same command"
-        ) from error
-      raise
+      if not full and not isinstance(error, OSError):
+        raise
+      why = "No space left on device" if full else error
+      raise self._cannot_save(step, why) from error
+
+  def _cannot_save(self, step: int, why: Any) -> WriteError:
+    return WriteError(
+      f"cannot save step {step} to {self.folder}: {why}; the step before "
+      "is still there, free space and run the same command"
+    )
 
   def _seal(self, step: int) -> None:
     """Waits until a step is written, then writes its manifest."""
     try:
       self.manager.wait_until_finished()
       if jax.process_index() == 0:
-        disk.write_json(
-          self._manifest(step), disk.digest_tree(self.folder / str(step))
-        )
+        digests = disk.digest_tree(self.folder / str(step))
+        disk.write_json(self._manifest(step), digests)
         for old in self.folder.glob("*.digests.json"):
           if not (self.folder / old.name.split(".")[0]).exists():
             old.unlink(missing_ok=True)
@@ -165,34 +155,27 @@ class Checkpoints:
     )
     free = shutil.disk_usage(self.folder).free
     if free < wanted:
-      raise WriteError(
-        f"cannot save step {step} to {self.folder}: it takes "
-        f"{wanted:,} bytes, {free:,} are free; the step before "
-        "is still there, free space and run the same command"
-      )
+      why = f"it takes {wanted:,} bytes, {free:,} are free"
+      raise self._cannot_save(step, why)
 
   def verified(self, step: int) -> bool:
     """Whether a step's bytes are those that were written."""
-    good = False
-    if jax.process_index() == 0:
-      path = self._manifest(step)
-      try:
-        good = path.exists() and not disk.corrupt(
-          self.folder / str(step), disk.read_json(path)
-        )
-      except ValueError:
-        good = False
+    good, path = False, self._manifest(step)
+    if jax.process_index() == 0 and path.exists():
+      with contextlib.suppress(ValueError):
+        digests = disk.read_json(path)
+        good = not disk.corrupt(self.folder / str(step), digests)
     return processes.from_first(lambda: "good" if good else "") == "good"
 
   def latest(self) -> int | None:
-    """The newest step that is whole; harmed ones are named and removed."""
+    """The newest step that is whole; corrupt ones are named and removed."""
     self.finish()
     for step in sorted(self.manager.all_steps(), reverse=True):
       if self.verified(step):
         return step
       progress.say(
-        f"  checkpoint {step} in {self.folder} is damaged or was "
-        "never finished; going back to the one before"
+        f"  checkpoint {step} in {self.folder} is damaged or was never "
+        "finished; falling back to the one before"
       )
       self.delete(step)
     return None
@@ -205,20 +188,14 @@ class Checkpoints:
 
   def restore(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
     """The named trees of a step, on the shardings of `abstract`."""
-    found = self.manager.restore(
-      step,
-      args=ocp.args.Composite(
-        **{n: ocp.args.StandardRestore(x) for n, x in abstract.items()}
-      ),
-    )
+    trees = {n: ocp.args.StandardRestore(x) for n, x in abstract.items()}
+    found = self.manager.restore(step, args=ocp.args.Composite(**trees))
     return {n: found[n] for n in abstract}
 
 
 def restore_params(folder: Any, abstract: Any, name: str = "params") -> Any:
-  """One tree of the newest step under a folder, "params" for instance.
-
-  Their bytes were verified by the record of the stage that wrote them.
-  """
+  """One tree of the newest step under a folder; the record of the stage that
+  wrote it has verified its bytes."""
   with Checkpoints(folder) as checkpoints:
     step = max(checkpoints.manager.all_steps())
     return checkpoints.restore(step, {name: abstract})[name]

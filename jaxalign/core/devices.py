@@ -10,7 +10,7 @@ CPU = 30e9  # FLOP/s of a pair of cores, as measured
 class Device(NamedTuple):
   """One device, as published."""
 
-  memory: int | None  # bytes, where a device that is not there cannot be asked
+  memory: int | None  # bytes; None where a device that is there says it
   peak: float  # dense bfloat16 FLOP/s
 
 

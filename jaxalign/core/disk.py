@@ -1,6 +1,6 @@
 """Atomic files, their digests, and the lock of a workdir."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 import contextlib
 import fcntl
 import hashlib
@@ -53,17 +53,23 @@ def write_through(path: Any, write: Callable[[IO[bytes]], Any]) -> None:
 
 def write_json(path: Any, value: Any) -> None:
   """JSON, indented, atomic; NaN is refused rather than written as bad JSON."""
-  write_bytes(
-    path,
-    (
-      json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
-    ).encode(),
-  )
+  text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
+  write_bytes(path, f"{text}\n".encode())
 
 
 def read_json(path: Any) -> Any:
   """Reads JSON."""
   return json.loads(epath.Path(path).read_text())
+
+
+def write_lines(path: Any, rows: Iterable[dict[str, Any]]) -> None:
+  """Writes a .jsonl file, one object a line."""
+  write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def read_lines(path: Any) -> list[dict[str, Any]]:
+  """The objects of a .jsonl file."""
+  return [json.loads(x) for x in epath.Path(path).read_text().splitlines()]
 
 
 def write_array(path: Any, x: np.ndarray) -> None:
@@ -77,22 +83,21 @@ def read_array(path: Any) -> np.ndarray:
   path = epath.Path(path)
   if "://" not in str(path):
     return np.load(os.fspath(path), allow_pickle=False, mmap_mode="r")
-
   return np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
 
 
 def digest(path: Any) -> dict[str, Any]:
-  """{sha256, bytes} of one file, read in blocks."""
+  """{sha256, bytes} of one file, read a megabyte at a time."""
   total, size = hashlib.sha256(), 0
-  with epath.Path(path).open("rb") as f:
-    while block := f.read(1 << 20):
-      total.update(block)
-      size += len(block)
+  with epath.Path(path).open("rb") as file:
+    while data := file.read(1 << 20):
+      total.update(data)
+      size += len(data)
   return dict(sha256=total.hexdigest(), bytes=size)
 
 
 def digest_tree(
-  folder: Any, only: list[str] | None = None
+  folder: Any, only: Iterable[str] = ("",)
 ) -> dict[str, dict[str, Any]]:
   """Relative path -> {sha256, bytes} of files under a folder.
 
@@ -100,10 +105,9 @@ def digest_tree(
     folder: where to look.
     only: relative files or folders; everything by default.
   """
-  folder = epath.Path(folder)
-  found = {}
+  folder, found = epath.Path(folder), {}
 
-  def walk(path, name):
+  def walk(path: epath.Path, name: str) -> None:
     if name and leads_out(folder, name):
       return  # what a link shows is not this folder's
     if path.is_dir():
@@ -112,7 +116,7 @@ def digest_tree(
     elif ".tmp-" not in path.name:
       found[name] = digest(path)
 
-  for name in only if only is not None else [""]:
+  for name in only:
     walk(folder / name if name else folder, name)
   return found
 

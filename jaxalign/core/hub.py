@@ -31,15 +31,11 @@ def resolve_settings(path: Any) -> epath.Path:
   return _resolve(os.fspath(path), SETTINGS)
 
 
-def _resolve(path: str, patterns: tuple[str, ...]) -> epath.Path:
-  if path.startswith("hf:") and not path.startswith("hf://"):
-    return _download(path, patterns)
-  return epath.Path(path)
-
-
 @functools.lru_cache
-def _download(name: str, patterns: tuple[str, ...]) -> epath.Path:
-  """The local snapshot of `hf:<repo>[@revision]`, one answer per process."""
+def _resolve(name: str, patterns: tuple[str, ...]) -> epath.Path:
+  """The local snapshot of `hf:<repo>[@revision]`, fetched once a process."""
+  if not name.startswith("hf:") or name.startswith("hf://"):
+    return epath.Path(name)
   rule = r"hf:([\w.-]+(?:/[\w.-]+)?)(?:@([\w.][\w./-]*))?"
   match = re.fullmatch(rule, name, re.ASCII)
   if not match or ".." in name:
@@ -50,16 +46,13 @@ def _download(name: str, patterns: tuple[str, ...]) -> epath.Path:
   import huggingface_hub  # slow, and needed by few runs
 
   repo, revision = match.groups()
+  token = os.environ.get("HF_TOKEN") or False
   fetch = functools.partial(
-    huggingface_hub.snapshot_download,
-    repo,
-    token=os.environ.get("HF_TOKEN") or False,
+    huggingface_hub.snapshot_download, repo, token=token
   )
+  want = dict(allow_patterns=list(patterns), ignore_patterns=["*/*"])
   try:
-    folder = fetch(
-      revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*"]
-    )
-    folder = epath.Path(folder)
+    folder = epath.Path(fetch(revision=revision, **want))
     if (folder / "modules.json").exists():  # sentence-transformers' pooling
       pooling = ["*_Pooling/config.json"]
       fetch(revision=folder.name, allow_patterns=pooling)
@@ -69,7 +62,7 @@ def _download(name: str, patterns: tuple[str, ...]) -> epath.Path:
 
 
 def _why(error: Exception, revision: str | None) -> str:
-  """What a message says of a repository that cannot be had, after its name."""
+  """Why a repository cannot be had, and what helps."""
   from huggingface_hub import constants, errors
 
   token = "the environment variable HF_TOKEN to a token that may read it"

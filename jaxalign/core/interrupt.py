@@ -72,7 +72,7 @@ def deferred() -> Iterator[Callable[[], bool]]:
 
 
 def stop_now() -> None:
-  """Raises what the signal asked for.
+  """Raises the error of the signal.
 
   The signal stays noted: an exception raised inside a library's callback may
   be swallowed there, and `check` then raises it again.

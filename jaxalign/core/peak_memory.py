@@ -1,4 +1,4 @@
-"""The most memory that a piece of work holds, of a process and its devices."""
+"""The most memory that a block of code holds, of a process and its devices."""
 
 from collections.abc import Iterator
 import contextlib
@@ -18,17 +18,16 @@ def _resident() -> int:
 
 def _placed() -> int | None:
   """Bytes in use on this process's devices; None where they do not say."""
-  found = [
-    (d.memory_stats() or {}).get("bytes_in_use") for d in jax.local_devices()
-  ]
-  return None if None in found else sum(found)
+  stats = [d.memory_stats() or {} for d in jax.local_devices()]
+  used = [s.get("bytes_in_use") for s in stats]
+  return None if None in used else sum(used)
 
 
 @contextlib.contextmanager
 def peak_memory() -> Iterator[dict[str, int | None]]:
-  """What a piece of work adds to memory at its largest moment.
+  """What a block of code adds to memory at its largest moment.
 
-  Looked at every 10 ms: shorter peaks are missed, and memory that was freed
+  Measured every 10 ms: shorter peaks are missed, and memory that was freed
   before and is used again does not show.
 
   Yields:
@@ -36,12 +35,12 @@ def peak_memory() -> Iterator[dict[str, int | None]]:
     those do not say}; filled at the end.
   """
   out, over = {"held": 0, "device": None}, threading.Event()
-  start = _resident(), _placed()
+  before = _resident(), _placed()
 
   def look():
-    out["held"] = max(out["held"], _resident() - start[0])
-    if start[1] is not None:
-      out["device"] = max(out["device"] or 0, _placed() - start[1])
+    out["held"] = max(out["held"], _resident() - before[0])
+    if before[1] is not None:
+      out["device"] = max(out["device"] or 0, _placed() - before[1])
 
   def watch():
     while not over.wait(0.01):

@@ -121,8 +121,8 @@ def bar(
     label: the stage's name.
     total: units of work in all.
     unit: what is counted.
-    done: units that an earlier run had finished (they count in the share, not
-      in the rate).
+    done: units that an earlier run had finished (they count in the fraction,
+      not in the rate).
   """
   start = time.monotonic()
   terminal = _terminal()

@@ -7,9 +7,11 @@ one layer at a time, so that a row's numbers are the same bits on any mesh.
 """
 
 from collections.abc import Callable
+import math
 from typing import Any, NamedTuple
 
 import jax
+from jax.experimental import mesh_utils, multihost_utils
 import numpy as np
 
 from jaxalign.core.errors import ConfigError
@@ -36,21 +38,18 @@ def make_mesh(sizes: Any, devices: Any = None) -> jax.sharding.Mesh:
     ConfigError: the sizes do not multiply to the number of devices, or the
       devices are of several TPU slices.
   """
-  slices = {
-    getattr(d, "slice_index", 0)
-    for d in (jax.devices() if devices is None else devices)
-  }
+  found = jax.devices() if devices is None else devices
+  slices = {getattr(d, "slice_index", 0) for d in found}
   if len(slices) > 1:
     raise ConfigError(
       f"found {len(slices)} TPU slices; a mesh over several is "
       "out of scope: run on one, set config.mesh"
     )
-  count = jax.device_count() if devices is None else len(devices)
-  sizes = {axis: int(sizes[axis]) for axis in AXES}
+  count, sizes = len(found), {axis: int(sizes[axis]) for axis in AXES}
   wanted = " x ".join(f"{a}={n}" for a, n in sizes.items())
-  bad = [n for n in sizes.values() if n < 1 and n != -1]
   free = [axis for axis, n in sizes.items() if n == -1]
-  known = int(np.prod([n for n in sizes.values() if n > 0]))
+  known = math.prod(n for n in sizes.values() if n != -1)
+  bad = any(n < 1 and n != -1 for n in sizes.values())
   if bad or len(free) > 1 or (free and count % known):
     raise ConfigError(
       f"mesh {wanted} does not divide {count} devices (one "
@@ -58,8 +57,7 @@ def make_mesh(sizes: Any, devices: Any = None) -> jax.sharding.Mesh:
     )
   if free:
     sizes[free[0]] = count // known
-  needed = int(np.prod(list(sizes.values())))
-  if needed != count:
+  if (needed := math.prod(sizes.values())) != count:
     raise ConfigError(
       f"mesh {wanted} needs {needed} devices, found {count}; set config.mesh"
     )
@@ -67,8 +65,6 @@ def make_mesh(sizes: Any, devices: Any = None) -> jax.sharding.Mesh:
   try:
     return jax.make_mesh(shape, AXES, devices=devices)
   except NotImplementedError:  # the shape splits an axis of the chips' torus
-    from jax.experimental import mesh_utils
-
     grid = mesh_utils.create_device_mesh(
       shape, devices, allow_split_physical_axes=True
     )
@@ -87,17 +83,16 @@ def spec(*axes: str | None) -> jax.P:
   return jax.P(*(RULES[a] if a else None for a in axes))
 
 
-def named(mesh: jax.sharding.Mesh, *axes: str | None):
-  """NamedSharding of logical axes on a mesh."""
+def named_sharding(mesh: jax.sharding.Mesh, *axes: str | None):
+  """The sharding of logical axes on a mesh."""
   return jax.sharding.NamedSharding(mesh, spec(*axes))
 
 
 def put(mesh: jax.sharding.Mesh, x: np.ndarray, *axes: str | None):
   """Host array -> global array; each process copies only its own shards."""
   x = np.asarray(x)
-  return jax.make_array_from_callback(
-    x.shape, named(mesh, *axes), lambda index: x[index]
-  )
+  where = named_sharding(mesh, *axes)
+  return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
 
 
 def put_rows(
@@ -112,20 +107,14 @@ def put_rows(
     mesh: the mesh.
     shape: of the axes in front, n rows in all: (n,), or (micro-batches, rows).
     make: `make(places)` -> a tree of host arrays, one row for each of the
-      places asked for: int [k], ascending, numbers into `shape` laid flat. It
-      is called once, with the places whose shards lie on this process.
+      places: int [k], ascending, numbers into `shape` laid flat. It is called
+      once, with the places whose shards lie on this process.
     *axes: logical axes of `shape`; what `make` adds behind is not cut.
   """
-  where = named(mesh, *axes)
+  where = named_sharding(mesh, *axes)
   place = np.arange(np.prod(shape)).reshape(shape)
-  own = np.unique(
-    np.concatenate(
-      [
-        place[index].reshape(-1)
-        for index in where.addressable_devices_indices_map(shape).values()
-      ]
-    )
-  )
+  shards = where.addressable_devices_indices_map(shape).values()
+  own = np.unique(np.concatenate([place[index].ravel() for index in shards]))
 
   def spread(x):
     def shard(index):  # a shard's places are all among `own`
@@ -140,36 +129,25 @@ def fetch(x: jax.Array) -> np.ndarray:
   """Global array -> the whole of it on every host, wherever its shards lie."""
   if x.is_fully_addressable:
     return np.asarray(x)
-  from jax.experimental import multihost_utils
-
   return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
 def own_rows(x: jax.Array) -> np.ndarray:
-  """The rows of a global array that lie on this process, by their place.
-
-  The places are those that `put_rows` asks this process for.
-  """
-  parts = {
-    shard.index[0].start or 0: shard.data for shard in x.addressable_shards
-  }
-  return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
+  """This process's rows of a global array, by place; those of `put_rows`."""
+  shards = {s.index[0].start or 0: s.data for s in x.addressable_shards}
+  return np.concatenate([np.asarray(x) for _, x in sorted(shards.items())])
 
 
 def total(x: int) -> int:
   """The sum of a number of each process, on all of them."""
   if jax.process_count() == 1:
     return int(x)
-  from jax.experimental import multihost_utils
-
   return int(np.asarray(multihost_utils.process_allgather(np.int32(x))).sum())
 
 
 def barrier(name: str) -> None:
   """All processes wait here; nothing with one process."""
   if jax.process_count() > 1:
-    from jax.experimental import multihost_utils
-
     multihost_utils.sync_global_devices(name)
 
 
@@ -183,7 +161,7 @@ def parts(mesh: jax.sharding.Mesh, axis: str | None) -> int:
   """Into how many parts a logical axis is cut."""
   rule = RULES[axis] if axis else ()
   names = rule if isinstance(rule, tuple) else (rule,)
-  return int(np.prod([mesh.shape[n] for n in names]))
+  return math.prod(mesh.shape[n] for n in names)
 
 
 class Place(NamedTuple):

@@ -28,6 +28,9 @@ class Where(NamedTuple):
   file: str
   line: int
 
+  def __str__(self) -> str:
+    return f"{self.file}:{self.line}"
+
 
 class BadRow(NamedTuple):
   """A row that could not be read: a stable reason, and what was found."""

@@ -22,7 +22,6 @@ from jaxalign.data.row_table import RowTable
 from jaxalign.data.schemas import choices, Refused
 from jaxalign.data.schemas.convert import flipped
 from jaxalign.data.source_reader import (
-  at_line,
   bad_row,
   LoadOptions,
   SourceReader,
@@ -56,12 +55,10 @@ class Places(Mapping):
 class Loaded:
   """What the sources held: seen == len(rows) + len(refused) + left_out."""
 
-  kind: str  # "pairs" or "unpaired"
   schema: str
   rows: RowTable  # by id: id, prompt, chosen, rejected | completion, label;
   #   group; where there are any turns, answers, tools, margin, source
   refused: list[dict]  # file, line, id, reason, detail, as they came
-  counts: dict[str, int]  # refused, by reason
   seen: int
   duplicates: int  # rows kept whose whole content an earlier one had
   source: str
@@ -73,6 +70,16 @@ class Loaded:
   left_out: int  # by data.caps and data.weights
   readings: tuple[SourceReading, ...]
   where: Mapping[str, Where]  # id -> where the row stands
+
+  @property
+  def kind(self) -> str:
+    """ "pairs" or "unpaired"."""
+    return "pairs" if "chosen" in self.rows.table.column_names else "unpaired"
+
+  @property
+  def counts(self) -> dict[str, int]:
+    """Refused rows by reason."""
+    return refusals.count_reasons(self.refused)
 
 
 def load_records(
@@ -121,7 +128,6 @@ def load_records(
 
   rows = RowTable.of(kept())
   schemas = ", ".join(dict.fromkeys(r.schema for r in readings))
-  counts = refusals.count_reasons(refused)
   label, seen = ", ".join(names), len(rows) + len(refused)
   if len(refused) > options.max_bad_fraction * seen or not len(rows):
     raise TooManyRefused(
@@ -141,11 +147,9 @@ def load_records(
   rows = RowTable(rows).take(index)
   where = Places(ids[index], np.array(files)[index], np.array(lines)[index])
   return Loaded(
-    kind="pairs" if "chosen" in rows.table.column_names else "unpaired",
     schema=schemas,
     rows=rows,
     refused=refused,
-    counts=counts,
     seen=seen,
     duplicates=duplicates,
     source=label,
@@ -187,7 +191,7 @@ class _Scores:
       return flipped(row)
     if margin < 0:
       self.against += 1
-      self.against_at = self.against_at or at_line(where)
+      self.against_at = self.against_at or str(where)
       if "contradicting" in options.skip:
         raise Refused("scores against the label", f"margin {margin:g}")
     return row
@@ -247,33 +251,24 @@ def _assign_ids(
   """
   counts = collections.Counter(name for name in own if name is not None)
   unique = {name for name, n in counts.items() if n == 1}
-  _, which = np.unique(digests, return_inverse=True)
-  order = np.argsort(which, kind="stable")
-  starts = np.flatnonzero(np.diff(which[order], prepend=-1))
-  repeat = np.empty(len(own), np.int64)  # how many were alike before
-  repeat[order] = np.arange(len(own)) - starts[which[order]]
   numbers: collections.Counter = collections.Counter()
   ids, taken = [], set(unique)
-  for name, digest, number in zip(own, digests.tolist(), repeat.tolist()):
+  for name, digest in zip(own, digests.tolist()):
     if name in unique:
       ids.append(name)
       continue
+    new = stem = f"{name}-{digest[:4].hex()}"
     if name is None:
       stem = digest[:8].hex()
-      new = f"{stem}-{number}"
-    else:
-      stem = f"{name}-{digest[:4].hex()}"
-      number = numbers[stem]
-      new = f"{stem}-{number}" if number else stem
+    if name is None or numbers[stem]:
+      new = f"{stem}-{numbers[stem]}"
     while new in taken:
-      number += 1
-      new = f"{stem}-{number}"
-    if name is not None:
-      numbers[stem] = number + 1
+      numbers[stem] += 1
+      new = f"{stem}-{numbers[stem]}"
     taken.add(new)
     ids.append(new)
-  shared = sum(n for n in counts.values() if n > 1)
-  return ids, int((repeat > 0).sum()), shared
+  duplicates = len(own) - len(np.unique(digests))
+  return ids, duplicates, sum(n for n in counts.values() if n > 1)
 
 
 def split_rows(

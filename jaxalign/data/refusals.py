@@ -60,7 +60,7 @@ def described(refused: list[dict], first: dict | None = None) -> str:
   if not refused:
     return reasons
   row = first or refused[0]
-  place = f"{row['file']}:{row['line']}"
+  place = Where(row["file"], row["line"])
   return f"{reasons}; first at {place} ({row['reason']}: {row['detail']})"
 
 

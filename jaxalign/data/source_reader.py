@@ -26,7 +26,7 @@ from jaxalign.data.schemas.convert import (
 from jaxalign.data.schemas.layouts import known_layout
 from jaxalign.data.schemas.mapping import check_fields, remap, roles_of
 from jaxalign.data.schemas.messages import is_messages, unread_keys
-from jaxalign.data.schemas.schema import ANSWER_PAIRS
+from jaxalign.data.schemas.schema import ANSWER_PAIRS, row_or_refused
 from jaxalign.data.sources import read_rows
 
 _PEEK = 1000  # rows looked at before "no schema fits" is believed
@@ -130,7 +130,7 @@ class SourceReader:
       try:
         found = detect_schema(row)
       except DataError as error:
-        first = first or DataError(f"{at_line(where)}: {error}")
+        first = first or DataError(f"{where}: {error}")
         continue
       have = ", ".join(w for w in found.wants if w in row)
       return found, f"row {where.line} has {have or 'its shape'}"
@@ -138,7 +138,7 @@ class SourceReader:
       raise DataError("no rows")
     where, bad = self.peeked[0]
     raise first or DataError(
-      f"{at_line(where)}: {bad.reason}: {bad.detail}; none of the first "
+      f"{where}: {bad.reason}: {bad.detail}; none of the first "
       f"{len(self.peeked)} rows can be read"
     )
 
@@ -162,7 +162,7 @@ class SourceReader:
     )
     for where, own, fresh in waiting:
       if isinstance(fresh, Undecided):
-        fresh = _decided(fresh, table, rule, column)
+        fresh = row_or_refused(_decided, fresh, table, rule, column)
       yield where, own, fresh
 
   def _convert(self, where: Where, row: Any) -> list[tuple[str | None, Any]]:
@@ -197,14 +197,14 @@ class SourceReader:
     try:
       fresh = schema.convert(row, *arguments)
       if isinstance(fresh, list):
-        return [_canonical_or_refused(item) for item in fresh]
+        return [row_or_refused(_canonical, item) for item in fresh]
       return _canonical(fresh)
     except Refused:
       raise
     except Exception as error:  # it is the user's code
       made = f"returned {fresh!s:.80}" if fresh is not None else "failed"
       raise DataError(
-        f"{at_line(where)}: schema {schema.name} {made} ({error!r}), wanted a "
+        f"{where}: schema {schema.name} {made} ({error!r}), wanted a "
         "dict, or a list of some: prompt and chosen, rejected or completion, "
         "label (texts, or lists of messages); set config.data.schema"
       ) from error
@@ -237,16 +237,13 @@ class SourceReader:
 
 def _decided(
   row: Undecided, table: Mapping[str, str], rule: Any, column: str
-) -> dict | Refused:
-  """The row whose code means one of the sides, or why there is none."""
+) -> dict[str, Any]:
+  """The row whose code means one of the sides; Refused where it means none."""
   side = choices.side_of(row, table, rule)
   if side not in row.sides:
     reason = "bad label" if row.sides == choices.LABELS else "bad choice"
-    return Refused(reason, f"{row.code!r:.40} in {column}")
-  try:
-    return row.make(side) | row.more
-  except Refused as error:
-    return error
+    raise Refused(reason, f"{row.code!r:.40} in {column}")
+  return row.make(side) | row.more
 
 
 def _own_id(row: Mapping) -> str | None:
@@ -259,32 +256,23 @@ def _own_id(row: Mapping) -> str | None:
   return str(value)
 
 
-def _canonical_or_refused(fresh: Any) -> dict[str, Any] | Refused:
-  try:
-    return fresh if isinstance(fresh, Refused) else _canonical(fresh)
-  except Refused as error:
-    return error
-
-
-def _canonical(fresh: dict) -> dict[str, Any]:
+def _canonical(fresh: dict | Refused) -> dict[str, Any]:
   """What a fork's function returned, through the same checks as any row."""
+  if isinstance(fresh, Refused):
+    raise fresh
   if "chosen" in fresh:
     fresh["prompt"], fresh["rejected"]
     made = convert_pair(fresh)
   else:
-    row = convert_unpaired(fresh | dict(label=bool(fresh["label"])))
-    made = row.make("liked" if fresh["label"] else "disliked")
+    label = bool(fresh["label"])
+    row = convert_unpaired(fresh | dict(label=label))
+    made = row.make("liked" if label else "disliked")
   return made | {k: str(fresh[k]) for k in ("id",) if fresh.get(k)}
 
 
 def bad_row(where: Where, own: str | None, error: Refused) -> DataError:
   """The error that a refused row is where none may be."""
   return DataError(
-    f"{at_line(where)}: id {own or '(none)'}: {error}; repair the row, or set "
+    f"{where}: id {own or '(none)'}: {error}; repair the row, or set "
     "config.data.max_bad_fraction"
   )
-
-
-def at_line(where: Where) -> str:
-  """A place as `file:line`."""
-  return f"{where.file}:{where.line}"

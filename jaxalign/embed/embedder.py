@@ -16,15 +16,16 @@ import numpy as np
 
 from jaxalign.core import hub, progress, sharding
 from jaxalign.core.errors import ConfigError
-from jaxalign.data import tokens as tokens_lib
 from jaxalign.data.tokenizer import load_tokenizer
+from jaxalign.data.tokens import join_rows, load_rows, save_rows, TokenRows
 from jaxalign.embed import passes, texts
 from jaxalign.embed.passes import PassOptions
 from jaxalign.model import decoder, encoder, families, hf, weights
 from jaxalign.model.flops import decoder_flops, encoder_flops
 
+SIDES = ("chosen", "rejected", "completion")  # the answers of a record
 # The files of token rows that a stage makes for itself.
-TOKENS = [f"tokens.{field}.npy" for field in tokens_lib.TokenRows._fields]
+TOKENS = [f"tokens.{field}.npy" for field in TokenRows._fields]
 
 
 class Embedder(NamedTuple):
@@ -100,7 +101,7 @@ def of_answers(e: Embedder) -> Embedder:
 
 def _encoder(given: str, pooling: str) -> encoder.EncoderConfig:
   try:
-    return encoder.read_config(given, pooling=pooling)
+    return encoder.read_encoder_config(given, pooling=pooling)
   except ConfigError:
     if (raw := families.PUBLISHED.get(given)) is None:
       raise
@@ -130,18 +131,18 @@ def first_weights(
 def load_decoder(e: Embedder, mesh: jax.sharding.Mesh) -> decoder.Params:
   """Another decoder's parameters; of a longer one the layers that run."""
   m, layer = e.model, re.compile(r"\.layers\.(\d+)\.")
+  whole = families.decoder_layout(m)
 
-  def canonical(name):
-    name = families.canonical(m, name)
+  def rename(name):
+    name = whole.rename(name)
     match = name and layer.search(name)
     return None if match and int(match[1]) >= m.layers else name
 
-  table, stored = decoder.table(m), families.stored(m)
-  how = dict(canonical=canonical, dtype=jnp.dtype(m.dtype))
-  return weights.load(e.folder, table, stored, mesh, **how)
+  layout, dtype = whole._replace(rename=rename), jnp.dtype(m.dtype)
+  return weights.load_weights(e.folder, layout, mesh, dtype)
 
 
-def encode(e: Embedder, rows: list[dict]) -> tokens_lib.TokenRows:
+def encode(e: Embedder, rows: list[dict]) -> TokenRows:
   """Prompt and answer as one text, in the embedder's own tokens.
 
   As in the paper: BOS, the text, no template; a long row loses its beginning.
@@ -164,27 +165,26 @@ def encode(e: Embedder, rows: list[dict]) -> tokens_lib.TokenRows:
         ids.append(np.array(bos + (head + tail)[-room:], np.int32))
         start.append(len(ids[-1]) - min(len(tail), room) if apart else 0)
       tick(len(heads))
-  return tokens_lib.join_rows(ids, start)
+  return join_rows(ids, start)
 
 
 def texts_of(rows: list[dict], answers: bool = False) -> list[str]:
   """The texts to embed: two of a pair, chosen first; or the answers alone."""
-  return [
-    ("" if answers else row["prompt"]) + row[side]
-    for row in rows
-    for side in ("chosen", "rejected", "completion")
-    if side in row
-  ]
+  prompt = lambda row: "" if answers else row["prompt"]
+  return [prompt(row) + row[side] for row, side in answers_of(rows)]
 
 
-def token_rows_of(
-  folder: Any, make: Callable[[], tokens_lib.TokenRows]
-) -> tokens_lib.TokenRows:
+def answers_of(rows: list[dict]) -> list[tuple[dict, str]]:
+  """(record, which of its answers) of every answer, in order."""
+  return [(row, side) for row in rows for side in SIDES if side in row]
+
+
+def token_rows_of(folder: Any, make: Callable[[], TokenRows]) -> TokenRows:
   """Token rows that process 0 makes of texts, which it alone reads."""
   if jax.process_index() == 0:
-    tokens_lib.save_rows(folder, "tokens", make())
+    save_rows(folder, "tokens", make())
   sharding.barrier("tokens of a stage")
-  return tokens_lib.load_rows(folder, "tokens")
+  return load_rows(folder, "tokens")
 
 
 def prepare(

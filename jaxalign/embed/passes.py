@@ -24,6 +24,7 @@ from jaxalign.data.tokens import (
 )
 from jaxalign.model import decoder, logprob
 from jaxalign.model.flops import decoder_flops
+from jaxalign.model.parameters import by_row
 
 POOLINGS = ("mean", "last", "response")
 # What a pass can yield: name -> whether it has a width, whether it needs the
@@ -96,7 +97,7 @@ def _row_fn(mesh, m, outputs, pooling, layers, chunk):
         each = logprob.token_logps(
           x, head, rows["tokens"], chunk, m.final_softcap
         )
-        sums, count = logprob.sums(each, rows["mask"])
+        sums, count = logprob.masked_sums(each, rows["mask"])
         return jnp.sum(sums), (each, sums, count)
 
       if "residual" in outputs:
@@ -108,7 +109,7 @@ def _row_fn(mesh, m, outputs, pooling, layers, chunk):
       out |= dict(logp=sums, count=count, least=least)
     return {name: out[name] for name in outputs}
 
-  return decoder.by_row(mesh, m, one_tile)
+  return by_row(mesh, decoder.table(m), one_tile)
 
 
 def _pooled(x, rows, pooling):

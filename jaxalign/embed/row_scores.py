@@ -22,27 +22,20 @@ from jaxalign.core.stage import JobSizes, Made, Price
 from jaxalign.data import prepare, tokens
 from jaxalign.data.tokenizer import load_tokenizer
 from jaxalign.embed import passes, questions
-from jaxalign.embed.embedder import token_rows_of, TOKENS
+from jaxalign.embed.embedder import answers_of, token_rows_of, TOKENS
 from jaxalign.embed.over_pool import checkpoint_digest, over_shards, rows_price
 from jaxalign.embed.passes import PassOptions
 from jaxalign.embed.store import ArraySpec
-from jaxalign.model import decoder, hf, reward
+from jaxalign.model import decoder, hf, reward, weights
 from jaxalign.model.flops import decoder_flops, reward_flops
 from jaxalign.model.job import Job, kernel_of
-
-SIDES = ("chosen", "rejected", "completion")
+from jaxalign.model.parameters import by_row, check_mesh
 
 
 def _store(job: Job, stage: str, name: str, make: Callable) -> list[str]:
   """Stores the column `name` of a number a response, `make(options)`."""
   columns = {stage: {name: ArraySpec((job.responses,))}}
   return over_shards(job, columns, lambda options: {name: make(options)})
-
-
-def _answers(job: Job) -> list[tuple[dict, str]]:
-  """(record, which of its answers) of the pool."""
-  rows = job.rows("pool")
-  return [(row, side) for row in rows for side in SIDES if side in row]
 
 
 # Answers without their prompts.
@@ -92,7 +85,7 @@ def _yes_fn(mesh: Any, m: decoder.ModelConfig, yes: int, no: int) -> Callable:
     two = decoder.logits(last, head[jnp.array([yes, no])], m.final_softcap)
     return dict(number=jax.nn.sigmoid(two[:, 0, 0] - two[:, 0, 1]))
 
-  return decoder.by_row(mesh, m, one_tile)
+  return by_row(mesh, decoder.table(m), one_tile)
 
 
 def p_yes(
@@ -150,7 +143,8 @@ def make_ask(job: Job, arm: None, folder: Any) -> Made:
   tok, path = load_tokenizer(own), folder / "ask.json"
 
   def encoded():
-    texts = [(r["id"], r["prompt"], r[side]) for r, side in _answers(job)]
+    answers = answers_of(job.rows("pool"))
+    texts = [(r["id"], r["prompt"], r[side]) for r, side in answers]
     question, words = c.ask.question, questions.ANSWERS
     made = questions.build(tok, texts, question, words, m.context)
     facts = dict(yes=made.yes, no=made.no, shortened=made.shortened)
@@ -184,10 +178,9 @@ def ask_price(z: JobSizes, arm: None) -> Price:
 
 def reward_config(c: Any) -> reward.RewardConfig:
   """The sizes of config.rewards.checkpoint, with the context it is used at."""
-  r = reward.read_config(c.rewards.checkpoint, c.model.dtype)
-  context = min(
-    r.model.context, prepare.requested_context(c) or r.model.context
-  )
+  r = reward.read_reward_config(c.rewards.checkpoint, c.model.dtype)
+  own = r.model.context
+  context = min(own, prepare.requested_context(c) or own)
   return r._replace(model=r.model._replace(context=context))
 
 
@@ -198,8 +191,7 @@ def _reward_fn(mesh: Any, r: reward.RewardConfig) -> Callable:
     x = (rows[name] for name in ("tokens", "length", "mask"))
     return dict(number=reward.rewards(params, *x, r))
 
-  axes = {n: p.axes for n, p in reward.table(r).items()}
-  return jax.jit(sharding.per_row(mesh, one_tile, axes))
+  return by_row(mesh, reward.reward_layout(r).rows, one_tile)
 
 
 def reward_rows(
@@ -231,13 +223,15 @@ def make_rewards(job: Job, arm: None, folder: Any) -> Made:
     kernel = kernel_of(c, r.model, job.mesh)
     r = r._replace(model=r.model._replace(attention=kernel))
     dtype, encode = np.dtype(c.model.param_dtype), questions.encode_chats
-  reward.check_reward(r, job.mesh)
+  layout = reward.reward_layout(r)
+  check_mesh(layout.rows, job.mesh)
 
   def encoded():
-    return encode(hub.resolve_settings(given), r.model, _answers(job))
+    answers = answers_of(job.rows("pool"))
+    return encode(hub.resolve_settings(given), r.model, answers)
 
   rows = token_rows_of(folder, encoded)
-  params = reward.load(given, r, job.mesh, dtype)
+  params = weights.load_weights(given, layout, job.mesh, dtype)
   score = lambda how: reward_rows(job.mesh, params, r, rows, how)
   files = _store(job, "rewards", "reward", score)
   flops = passes.sum_flops(rows, functools.partial(reward_flops, r))

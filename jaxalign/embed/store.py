@@ -120,24 +120,14 @@ def create(
   Args:
     folder: of the store alone; all processes call.
     ids: [N] record ids, sorted; see `encoded`.
-    columns: by name.
+    columns: by name, of DTYPES.
     fields: JSON values that name what makes the numbers: model, data, options.
-    shard: rows of a shard.
+    shard: rows of a shard, 1 or more.
 
   Raises:
     ConfigError: the folder holds a store of another description; the message
       names the field.
   """
-  if shard < 1:
-    raise ConfigError(
-      f"a shard of {shard} rows, wanted 1 or more; set config.embed.shard"
-    )
-  for name, column in columns.items():
-    if column.dtype not in DTYPES:
-      raise ConfigError(
-        f"column {name} of {column.dtype!r}, wanted one of "
-        f"{', '.join(DTYPES)}; set config.embed.store_dtype"
-      )
   folder, ids = epath.Path(folder), encoded(ids)
   description = dict(rows=len(ids), shard=shard, fields=fields, columns=columns)
   description = json.loads(json.dumps(description | dict(ids=_digest(ids))))

@@ -17,26 +17,25 @@ from jaxalign.core import progress, sharding
 from jaxalign.core.errors import ConfigError, DataError, NumericError
 from jaxalign.core.hub import resolve_settings
 from jaxalign.model import encoder, weights
-from jaxalign.model.parameters import Params
+from jaxalign.model.parameters import by_row, Params
 
 _CHUNK = 1024  # texts tokenised between two ticks of the bar
 _SPARE = 128  # rows a table may have beyond its tokenizer (rounded up sizes)
 
 
 def read_encoder(
-  folder: Any, mesh: jax.sharding.Mesh, **knobs: Any
+  folder: Any, mesh: jax.sharding.Mesh, pooling: str = ""
 ) -> tuple[Params, encoder.EncoderConfig, Tokenizer]:
   """Parameters on the mesh, sizes and tokenizer of an encoder's folder.
 
   Args:
     folder: local, or `hf:<repo>[@revision]`.
     mesh: every device of it gets the whole encoder.
-    **knobs: of `encoder.read_config`.
+    pooling: as of `encoder.read_encoder_config`.
   """
-  m = encoder.read_config(folder, **knobs)
-  tok, names = read_tokenizer(folder, m), encoder.canonical
-  table, stored = encoder.table(m), encoder.stored(m)
-  return weights.load(folder, table, stored, mesh, canonical=names), m, tok
+  m = encoder.read_encoder_config(folder, pooling=pooling)
+  tok, layout = read_tokenizer(folder, m), encoder.encoder_layout(m)
+  return weights.load_weights(folder, layout, mesh), m, tok
 
 
 def read_tokenizer(folder: Any, m: encoder.EncoderConfig) -> Tokenizer:
@@ -91,11 +90,10 @@ def _row_fn(mesh, m: encoder.EncoderConfig):
     del shared
     tokens = rows["tokens"].astype(jnp.int32)
     mask = jnp.arange(tokens.shape[1])[None, :] < rows["length"][:, None]
-    x = encoder.forward(params, tokens, mask, m, sharding.PER_ROW)
+    x = encoder.forward(params, tokens, mask, m)
     return encoder.pool(x, mask, m)
 
-  axes = {n: p.axes for n, p in encoder.table(m).items()}
-  return jax.jit(sharding.per_row(mesh, one_tile, axes))
+  return by_row(mesh, encoder.encoder_layout(m).rows, one_tile)
 
 
 def embed_texts(

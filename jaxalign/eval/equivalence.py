@@ -56,11 +56,7 @@ def _checked(arm: ArmOutcomes) -> np.ndarray:
 
 
 def paired_outcomes(a: ArmOutcomes, b: ArmOutcomes) -> np.ndarray:
-  """[S, P] of a - b, seeds and prompts of `b` put in the order of `a`.
-
-  Raises:
-    DataError: arms with different seeds or prompts, outcomes outside [0, 1].
-  """
+  """[S, P] of a - b, seeds and prompts of `b` put in the order of `a`."""
   ours, theirs = _checked(a), _checked(b)
   place = []
   for what, mine, others in (
@@ -112,9 +108,9 @@ def size_needed(
   in the way, prompts; then both.
 
   Args:
-    spread: as measured.
-    seeds: S now.
-    prompts: P now.
+    spread: of the S seeds and P prompts there are.
+    seeds: S.
+    prompts: P.
     margin: in the unit of the outcomes.
     level: of the tests, corrected.
 
@@ -285,11 +281,7 @@ def verdict_sentence(one: dict[str, Any], unit: str) -> str:
 def one_seed_sentence(a: str, b: str, diff: dict[str, Any], unit: str) -> str:
   """A difference of one seed's rates as a sentence that cannot mislead.
 
-  Args:
-    a: what is compared.
-    b: what it is compared with.
-    diff: as from `intervals.paired_difference`; positive where a is better.
-    unit: what is measured ("win rate against the SFT target").
+  `diff` is as from `intervals.paired_difference`, positive where a is better.
   """
   if diff["value"] is None:
     return f"{a} against {b}: not measured."

@@ -15,24 +15,25 @@ from jaxalign.model import decode
 from jaxalign.model.job import Job
 
 
+class EvalOptions(NamedTuple):
+  """How answers are generated and scored."""
+
+  new_tokens: int  # at most, of an answer
+  temperature: float  # of the sampling; 0 is greedy
+  tile: int  # rows a device runs at once
+  chunk: int  # positions of the head at once
+
+
 class EvalSet(NamedTuple):
-  """The held-out split, tokenized."""
+  """The held-out split, tokenized, and how policies are measured on it."""
 
   rows: list[dict[str, Any]]  # n records, with "prompt" and "target"
   tokens: tokens_lib.TokenRows  # n * R rows
   prompt_rows: np.ndarray  # [p] numbers of the rows that are generated from
   tokenizer: Any
   world: world_lib.World | None
-
-
-class EvalOptions(NamedTuple):
-  """How answers are generated and scored."""
-
-  new_tokens: int  # at most, of an answer
-  temperature: float  # of the sampling; 0 is greedy
-  seed: int  # the same for every policy: prompts and noise are paired
-  tile: int  # rows a device runs at once
-  chunk: int  # positions of the head at once
+  mesh: Any = None
+  options: EvalOptions | None = None
 
 
 class PolicyOutputs(NamedTuple):
@@ -50,14 +51,10 @@ class PolicyOutputs(NamedTuple):
 def choose_prompts(
   rows: list[dict[str, Any]], tokens: tokens_lib.TokenRows, most: int, room: int
 ) -> np.ndarray:
-  """The first `most` rows with different prompts, in id order.
+  """The first `most` of n rows with different prompts, in id order.
 
-  Args:
-    rows: n records.
-    tokens: n * R rows.
-    most: prompts at most.
-    room: tokens that a prompt may take; a longer one is never cut but left
-      out, and a line says how many were.
+  A prompt of more than `room` tokens is never cut but left out, and a line
+  counts them.
   """
   first, chosen, long = {}, [], 0
   for i, row in enumerate(rows):
@@ -97,22 +94,17 @@ def answer_rows(
 
 
 def score_answers(
-  mesh: Any,
-  params: Any,
-  m: Any,
-  data: EvalSet,
-  answers: list[np.ndarray],
-  options: EvalOptions,
+  data: EvalSet, params: Any, m: Any, answers: list[np.ndarray]
 ) -> np.ndarray:
   """[p] nats of given answers to the prompts of `data`, under `params`.
 
   The prompts are cut as generation cut them to make room for new tokens.
   """
-  new, tile, chunk = options.new_tokens, options.tile, options.chunk
+  new, _, tile, chunk = data.options
   prompts = [decode.fitting(p, m, new) for p in prompts_of(data)]
   rows = answer_rows(prompts, answers)
   how = passes.PassOptions(tile, chunk, label="score answers")
-  return passes.score_rows(mesh, params, m, rows, how).logp
+  return passes.score_rows(data.mesh, params, m, rows, how).logp
 
 
 def true_rewards(data: EvalSet, texts: Sequence[str]) -> np.ndarray:
@@ -130,42 +122,40 @@ def answer_texts(tokenizer: Any, answers: list[np.ndarray]) -> list[str]:
 
 
 def write_answers(
-  mesh: Any,
-  params: Any,
-  m: Any,
-  data: EvalSet,
-  options: EvalOptions,
-  **more: Any,
+  data: EvalSet, params: Any, m: Any, **more: Any
 ) -> list[np.ndarray]:
-  """p answers, as ids, that a policy gives to the prompts of `data`."""
-  tok = data.tokenizer
+  """p answers, as ids, that a policy gives to the prompts of `data`; `more` is
+  of `decode.GenerateOptions`, such as the seed of the noise."""
+  tok, k = data.tokenizer, data.options
   generation = decode.GenerateOptions(
-    options.new_tokens,
+    k.new_tokens,
     tok.stops,
     min(tok.vocab_size, m.vocab),
-    decode.Sampling(options.temperature),
-    seed=options.seed,
-    tile=options.tile,
+    decode.Sampling(k.temperature),
+    tile=k.tile,
     **more,
   )
-  return decode.generate(mesh, params, m, prompts_of(data), generation)
+  return decode.generate(data.mesh, params, m, prompts_of(data), generation)
 
 
 def run_policy(
-  mesh: Any, params: Any, m: Any, data: EvalSet, options: EvalOptions
+  data: EvalSet, params: Any, m: Any, seed: int = 0
 ) -> PolicyOutputs:
-  """Scores the held-out responses, generates answers, and scores those."""
-  tile, chunk = options.tile, options.chunk
+  """Scores the held-out responses, generates answers, and scores those.
+
+  Policies of one seed meet the same noise: their answers are paired.
+  """
+  tile, chunk = data.options.tile, data.options.chunk
   how = passes.PassOptions(tile, chunk, label="score held-out")
-  scored = passes.score_rows(mesh, params, m, data.tokens, how)
-  answers = write_answers(mesh, params, m, data, options)
+  scored = passes.score_rows(data.mesh, params, m, data.tokens, how)
+  answers = write_answers(data, params, m, seed=seed)
   texts = answer_texts(data.tokenizer, answers)
   rows = answer_rows(prompts_of(data), answers)
   return PolicyOutputs(
     scored.logp.reshape(len(data.rows), -1),
     answers,
     texts,
-    score_answers(mesh, params, m, data, answers, options),
+    score_answers(data, params, m, answers),
     None if data.world is None else true_rewards(data, texts),
     passes.pass_flops(m, data.tokens) + 2 * passes.pass_flops(m, rows),
     len(data.tokens.ids) + 2 * len(rows.ids),
@@ -255,10 +245,8 @@ def likelihood_accuracy(
 
 
 def sampled_kl(policy: np.ndarray, ref: np.ndarray) -> dict[str, Any]:
-  """KL(policy || reference) a response, from the policy's own samples.
-
-  Both are [n] summed log-probabilities of the samples, nats.
-  """
+  """KL(policy || reference) a response, nats, from the policy's own samples,
+  by their [n] summed log-probabilities."""
   return intervals.normal_mean(np.asarray(policy, np.float64) - np.asarray(ref))
 
 
@@ -290,17 +278,13 @@ def generation_health(
 def eval_set(job: Job) -> EvalSet:
   """The held-out split, ready to be measured on; made once a job."""
   if "eval_set" not in job.kept:
-    rows, tokens = job.rows("held_out"), job.tokens("held_out")
-    room = job.model.context - job.c.eval.new_tokens
-    if prepare.too_long(job.c) == "cut":
+    c, rows, tokens = job.c, job.rows("held_out"), job.tokens("held_out")
+    room = job.model.context - c.eval.new_tokens
+    if prepare.too_long(c) == "cut":
       room = job.model.context  # as the rows are cut, so are the prompts
-    index = choose_prompts(rows, tokens, job.c.eval.prompts, room)
-    world = prepare.world_of(job.c)
-    job.kept["eval_set"] = EvalSet(rows, tokens, index, job.tokenizer, world)
+    index = choose_prompts(rows, tokens, c.eval.prompts, room)
+    new, temperature = c.eval.new_tokens, c.eval.temperature
+    options = EvalOptions(new, temperature, c.embed.tile, c.model.head_chunk)
+    what = (rows, tokens, index, job.tokenizer, prepare.world_of(c))
+    job.kept["eval_set"] = EvalSet(*what, job.mesh, options)
   return job.kept["eval_set"]
-
-
-def eval_options(c: Any, seed: int = 0) -> EvalOptions:
-  """How answers are generated and scored."""
-  k, tile, chunk = c.eval, c.embed.tile, c.model.head_chunk
-  return EvalOptions(k.new_tokens, k.temperature, seed, tile, chunk)

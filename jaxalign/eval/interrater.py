@@ -114,10 +114,8 @@ def majority(votes: Sequence[Winners]) -> dict[Pair, str | None]:
 def labels(winners: Winners, unparsable: str) -> dict[Pair, Any]:
   """-1 (the model first in the alphabet wins), 0 (a tie) or 1, by pair.
 
-  Args:
-    winners: as from `settle_orders` or `majority`.
-    unparsable: a key of UNPARSABLE: None becomes 0 ("tie"), stays None, a gap
-      ("drop"), or becomes the label "unparsable" ("own").
+  `unparsable` is a key of UNPARSABLE: None becomes 0 ("tie"), stays None, a
+  gap ("drop"), or becomes the label "unparsable" ("own").
   """
   if unparsable not in UNPARSABLE:
     raise ConfigError(
@@ -139,29 +137,6 @@ def _numbered(values: Iterable[Any]) -> dict[Any, int]:
   return {w: i for i, w in enumerate(dict.fromkeys(values))}
 
 
-def _kappa(sums: np.ndarray, chance: Callable) -> np.ndarray:
-  """(observed - chance) / (1 - chance), NaN where chance is 1.
-
-  `sums` [..., 1 + 2 c] are pairs with equal labels, then how often each rater
-  used each label; `chance` is of the fractions [..., c] of their labels.
-  """
-  x, y = np.split(sums[..., 1:], 2, axis=-1)
-  n = x.sum(-1)
-  with np.errstate(invalid="ignore", divide="ignore"):
-    expected = chance(x / n[..., None], y / n[..., None])
-    kappa = (sums[..., 0] / n - expected) / (1 - expected)
-  return np.where(expected < 1, kappa, np.nan)
-
-
-def _alpha(sums: np.ndarray) -> np.ndarray:
-  """[...] alpha from [..., c + 1]: labels by kind, and what was observed."""
-  total, observed = sums[..., :-1], sums[..., -1]
-  n = total.sum(-1)
-  differ = n * n - (total * total).sum(-1)
-  with np.errstate(invalid="ignore", divide="ignore"):
-    return np.where(differ > 0, 1 - (n - 1) * observed / differ, np.nan)
-
-
 def _with_interval(
   rows: np.ndarray, items: Sequence[Any] | None, measure: Callable
 ) -> dict[str, float | None]:
@@ -170,26 +145,27 @@ def _with_interval(
   Items that add the same to the sums are drawn together, so that a million
   items cost no more than the few kinds there are of them.
   """
-  value = float(measure(rows.sum(0)))
-  if np.isnan(value):
-    return dict(value=None, low=None, high=None)
-  if items is not None:
-    number = _numbered(items)
-    sums = np.zeros((len(number), rows.shape[1]))
-    np.add.at(sums, np.array([number[i] for i in items]), rows)
-    rows = sums
-  n = len(rows)
-  kinds, times = np.unique(rows, axis=0, return_counts=True)
-  rng = np.random.default_rng(0)
-  chunk = max(1, _CELLS // max(kinds.shape))
-  sizes = [min(chunk, _DRAWS - at) for at in range(0, _DRAWS, chunk)]
-  draw = lambda size: rng.multinomial(n, times / n, size) @ kinds
-  drawn = np.concatenate([measure(draw(size)) for size in sizes])
+  with np.errstate(invalid="ignore", divide="ignore"):
+    value = float(measure(rows.sum(0)))
+    if np.isnan(value):
+      return dict(value=None, low=None, high=None)
+    if items is not None:
+      number = _numbered(items)
+      sums = np.zeros((len(number), rows.shape[1]))
+      np.add.at(sums, np.array([number[i] for i in items]), rows)
+      rows = sums
+    n = len(rows)
+    kinds, times = np.unique(rows, axis=0, return_counts=True)
+    rng = np.random.default_rng(0)
+    chunk = max(1, _CELLS // max(kinds.shape))
+    sizes = [min(chunk, _DRAWS - at) for at in range(0, _DRAWS, chunk)]
+    draw = lambda size: rng.multinomial(n, times / n, size) @ kinds
+    drawn = np.concatenate([measure(draw(size)) for size in sizes])
   drawn = drawn[~np.isnan(drawn)]
   if n < 2 or not len(drawn):  # one item varies with nothing
     return dict(value=value, low=None, high=None)
-  low, high = np.quantile(drawn, [0.025, 0.975])
-  return dict(value=value, low=float(low), high=float(high))
+  low, high = np.quantile(drawn, [0.025, 0.975]).tolist()
+  return dict(value=value, low=low, high=high)
 
 
 def beyond_chance(
@@ -218,7 +194,14 @@ def beyond_chance(
   x, y = (np.array([number[w] for w in side], int) for side in (xs, ys))
   unit = np.eye(len(number))
   rows = np.concatenate([(x == y)[:, None], unit[x], unit[y]], axis=1)
-  value = lambda sums: _kappa(sums, _CHANCE[measure])
+
+  def value(sums):  # equal labels, then how often each rater used each label
+    x, y = np.split(sums[..., 1:], 2, axis=-1)
+    n = x.sum(-1)
+    chance = _CHANCE[measure](x / n[..., None], y / n[..., None])
+    kappa = (sums[..., 0] / n - chance) / (1 - chance)
+    return np.where(chance < 1, kappa, np.nan)
+
   return _with_interval(rows, items, value) | dict(n=len(xs))
 
 
@@ -248,9 +231,16 @@ def krippendorff_alpha(
     np.add.at(row, [number[w] for w in units[i]], 1)
   counts, m = rows[:, :-1], rows.sum(-1)
   rows[:, -1] = (m * m - (counts * counts).sum(-1)) / (m - 1)
+
+  def value(sums):  # labels by kind, then what was observed
+    total, observed = sums[..., :-1], sums[..., -1]
+    n = total.sum(-1)
+    differ = n * n - (total * total).sum(-1)
+    return np.where(differ > 0, 1 - (n - 1) * observed / differ, np.nan)
+
   items = None if items is None else [items[i] for i in kept]
-  alpha = _with_interval(rows, items, _alpha)
-  return alpha | dict(units=len(kept), labels=int(m.sum()))
+  sizes = dict(units=len(kept), labels=int(m.sum()))
+  return _with_interval(rows, items, value) | sizes
 
 
 # Tables of raters.
@@ -293,8 +283,8 @@ def among(votes: Mapping[str, Mapping[Pair, Any]]) -> dict[str, Any]:
 
   Returns:
     {"pairs": labelled by anyone; "between": {"x / y": `agreement_of_two`},
-    those two who share a pair, at most PAIRS_OF_RATERS; "more": how many two
-    are left out; "alpha": `krippendorff_alpha` over all raters}.
+    those two who judged a common pair, at most PAIRS_OF_RATERS; "more": how
+    many two are left out; "alpha": `krippendorff_alpha` over all raters}.
   """
   units: dict[Pair, dict[str, Any]] = collections.defaultdict(dict)
   for rater, given in votes.items():
@@ -386,7 +376,7 @@ def judged(
   Args:
     rows: the table.
     judges: raters to be judged.
-    humans: raters they are held against; may be one (an objective label).
+    humans: raters they are compared with; may be one (an objective label).
     sizes: lengths of the two answers by pair; or None.
 
   Returns:

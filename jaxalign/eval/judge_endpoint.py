@@ -85,9 +85,6 @@ class Pair(NamedTuple):
   second: str
 
 
-# Settings.
-
-
 def _key(e: Endpoint) -> str:
   return os.environ.get(e.key_env, "") if e.key_env else ""
 
@@ -135,8 +132,8 @@ def check_key(e: Endpoint) -> None:
   """Raises ConfigError where the environment does not hold the key."""
   if e.key_env and not _key(e):
     raise ConfigError(
-      f"the judge needs a key in the environment variable "
-      f"{e.key_env}, found none; set it, or key_env"
+      f"the judge needs a key in the environment variable {e.key_env}, found "
+      "none; set it, or key_env"
     )
 
 
@@ -164,9 +161,6 @@ def pair_digest(e: Endpoint, pair: Pair) -> str:
   """What a verdict depends on, hashed: judge, wording, question, answers."""
   what = [VERSION, e.url, e.model, e.temperature, e.max_tokens, *pair]
   return hashlib.sha256(json.dumps(what).encode()).hexdigest()
-
-
-# Requests and replies.
 
 
 def messages(pair: Pair) -> list[dict[str, str]]:
@@ -206,7 +200,7 @@ def pause_s(attempt: int, backoff_s: float, retry_after: str | None) -> float:
     retry_after: that header, if it sent one.
   """
   try:
-    wanted = float(retry_after) if retry_after else 0.0
+    wanted = float(retry_after or 0)
   except ValueError:  # a date; the doubling does
     wanted = 0.0
   # Spread out, or many that failed together come back together.
@@ -313,44 +307,8 @@ def _judge_pair(
       stop.wait(pause_s(attempt, e.backoff_s, attempted.retry_after))
   raise RestartError(
     f"the judge {e.model} at {e.url} still fails after {e.retries + 1} "
-    f"attempts ({why}); the verdicts so far are kept: start "
-    "the same command again"
-  )
-
-
-def judge_pairs(
-  e: Endpoint, pairs: Sequence[Pair], path: Any
-) -> tuple[list[str | None], dict[str, Any]]:
-  """One verdict for each pair, in the order given; requests only new ones.
-
-  Args:
-    e: the judge.
-    pairs: what to compare.
-    path: the file of verdicts, written if missing.
-
-  Returns:
-    "first", "second", "tie" or None (could not be read) for each pair, and
-    {"verdicts", "new", "unparsable", "requests", "tokens"}, the last two of
-    all runs on this file.
-
-  Raises:
-    ConfigError: as `check_settings` and `check_key`, a refusal, or a cap.
-    RestartError: still failing after all retries; verdicts are kept.
-  """
-  check_settings(e)
-  cache = VerdictCache(path)
-  keys = [pair_digest(e, pair) for pair in pairs]
-  new = {k: p for k, p in zip(keys, pairs) if k not in cache.verdicts}
-  if new:
-    check_key(e)
-    _judge_new(e, list(new.values()), cache)
-  verdicts = [cache.verdicts[k] for k in keys]
-  return verdicts, dict(
-    verdicts=len(verdicts),
-    new=len(new),
-    unparsable=verdicts.count(None),
-    requests=cache.requests,
-    tokens=cache.tokens,
+    f"attempts ({why}); the verdicts so far are kept: start the same command "
+    "again"
   )
 
 
@@ -358,16 +316,14 @@ def _judge_new(e: Endpoint, pairs: list[Pair], cache: VerdictCache) -> None:
   """Judges all pairs, some at a time; raises the first error."""
   import openai
 
-  stop, errors = threading.Event(), []
+  stop = threading.Event()
 
   def work(pair: Pair) -> None:
     try:
       _judge_pair(client, e, pair, cache, stop)
-    except BaseException as error:
-      # One refusal stops the others; those under way are let finish, they
-      # are paid for.
-      errors.append(error)
-      stop.set()
+    except BaseException:
+      stop.set()  # those under way are let finish, they are paid for
+      raise
 
   settings = dict(base_url=e.url, timeout=e.timeout_s, max_retries=0)
   with (
@@ -382,29 +338,43 @@ def _judge_new(e: Endpoint, pairs: list[Pair], cache: VerdictCache) -> None:
         tick()
     finally:
       stop.set()  # an interrupt, too, waits for no retry
-  if errors:
-    raise errors[0]
+
+
+def judge_pairs(
+  e: Endpoint, pairs: Sequence[Pair], cache: VerdictCache
+) -> list[str | None]:
+  """ "first", "second", "tie" or None (could not be read) for each pair.
+
+  Only verdicts that are not in `cache` are requested, and kept there.
+
+  Raises:
+    ConfigError: as `check_settings` and `check_key`, a refusal, or a cap.
+    RestartError: still failing after all retries; verdicts are kept.
+  """
+  check_settings(e)
+  keys = [pair_digest(e, pair) for pair in pairs]
+  new = {k: p for k, p in zip(keys, pairs) if k not in cache.verdicts}
+  if new:
+    check_key(e)
+    _judge_new(e, list(new.values()), cache)
+  return [cache.verdicts[k] for k in keys]
 
 
 def judge_both_orders(
-  e: Endpoint, pairs: Sequence[Pair], path: Any
+  e: Endpoint, pairs: Sequence[Pair], cache: VerdictCache
 ) -> dict[str, Any]:
   """Outcomes of the first answers, each pair shown in both orders.
 
   Returns:
-    As `winrate.both_orders`, with "verdicts", those of the two orders,
-    "replies", the beginning of each, and "cost" as from `judge_pairs`.
+    As `winrate.both_orders`, with "verdicts", those of the two orders, and
+    "replies", the beginning of each.
   """
   swapped = [Pair(p.question, p.second, p.first) for p in pairs]
-  verdicts, cost = judge_pairs(e, [*pairs, *swapped], path)
-  replies = VerdictCache(path).replies
+  verdicts = judge_pairs(e, [*pairs, *swapped], cache)
   outcome = {"first": 1.0, "tie": 0.5, "second": 0.0, None: np.nan}
   outcomes, n = np.array([outcome[v] for v in verdicts]), len(pairs)
+  reply = lambda pair: cache.replies[pair_digest(e, pair)]
   return winrate.both_orders(outcomes[:n], 1 - outcomes[n:]) | dict(
     verdicts=list(zip(verdicts[:n], verdicts[n:])),
-    cost=cost,
-    replies=[
-      tuple(replies[pair_digest(e, p)] for p in both)
-      for both in zip(pairs, swapped)
-    ],
+    replies=list(zip(map(reply, pairs), map(reply, swapped))),
   )

@@ -23,9 +23,10 @@ from jaxalign.embed.passes import PassOptions, sum_flops
 from jaxalign.eval import held_out, judge_endpoint, winrate
 from jaxalign.eval.judge_endpoint import Endpoint, Pair
 from jaxalign.eval.verdict_cache import VerdictCache
-from jaxalign.model import reward
+from jaxalign.model import reward, weights
 from jaxalign.model.flops import reward_flops
 from jaxalign.model.job import Arm, arm_folder, Job, kernel_of
+from jaxalign.model.parameters import check_mesh
 
 CONTROLS = 20  # prompts of each control, see eval/judging.py
 REFERENCE = "judged_reference"  # the stage that judges the reference
@@ -62,7 +63,7 @@ def endpoint_of(c: Any) -> Endpoint:
 
 def _reward_config(c: Any) -> reward.RewardConfig:
   """The sizes of config.judge.checkpoint, with the context it is used at."""
-  r = reward.read_config(
+  r = reward.read_reward_config(
     c.judge.checkpoint, c.model.dtype, "config.judge.checkpoint"
   )
   context = min(
@@ -174,8 +175,8 @@ class _Endpoint:
     del folder
     self.files: list[str] = []
     self.e = endpoint_of(job.c)
-    self.path = str(job.shared / "verdicts.jsonl")  # every verdict paid for
-    self.before = VerdictCache(self.path)
+    self.cache = VerdictCache(str(job.shared / "verdicts.jsonl"))
+    self.before = self.cache.requests, self.cache.tokens
 
   def __call__(
     self, rows: Sequence[dict], ours: Sequence[str], theirs: Sequence[str]
@@ -184,13 +185,13 @@ class _Endpoint:
       Pair(row["prompt"], a.strip(), b.strip())
       for row, a, b in zip(rows, ours, theirs)
     ]
-    return judge_endpoint.judge_both_orders(self.e, pairs, self.path)
+    return judge_endpoint.judge_both_orders(self.e, pairs, self.cache)
 
   def cost(self) -> tuple[Cost, dict[str, Any]]:
-    now = VerdictCache(self.path)
-    facts = dict(requests=now.requests, tokens=now.tokens)
-    facts["new_requests"] = now.requests - self.before.requests
-    return Cost(0, now.tokens - self.before.tokens), facts
+    requests, tokens = self.cache.requests, self.cache.tokens
+    new = requests - self.before[0]
+    facts = dict(requests=requests, tokens=tokens, new_requests=new)
+    return Cost(0, tokens - self.before[1]), facts
 
   def keep(self) -> list[str]:
     """What later stages read of this one: nothing, the cache has it all."""
@@ -214,10 +215,11 @@ class _Rewards:
     if not r.encodes:
       kernel = kernel_of(job.c, r.model, job.mesh)
       r = r._replace(model=r.model._replace(attention=kernel))
-    reward.check_reward(r, job.mesh)
+    layout = reward.reward_layout(r)
+    check_mesh(layout.rows, job.mesh)
     dtype = np.dtype(np.float32 if r.encodes else job.c.model.param_dtype)
     self.r, self.given = r, job.c.judge.checkpoint
-    self.params = reward.load(self.given, r, job.mesh, dtype)
+    self.params = weights.load_weights(self.given, layout, job.mesh, dtype)
     # Of the reference, which every arm's answers are compared with.
     path = job.shared / REFERENCE / REWARDS
     stored = disk.read_json(path) if path.exists() else {}

@@ -8,7 +8,6 @@ place of the evaluation's.
 """
 
 from collections.abc import Sequence
-import json
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -148,10 +147,10 @@ def _write(
     doubts=judging.doubts(name_of(job.c), of_judge),
   )
   lines = [
-    json.dumps(_verdict_line(*texts, result, k)) + "\n"
+    _verdict_line(*texts, result, k)
     for k, texts in enumerate(zip(what.rows, ours, what.theirs))
   ]
-  disk.write_bytes(folder / "verdicts.jsonl", "".join(lines).encode())
+  disk.write_lines(folder / "verdicts.jsonl", lines)
   disk.write_json(folder / "judge.json", judged)
   return ["verdicts.jsonl", "judge.json"]
 
@@ -232,8 +231,7 @@ def make_judged_policy(job: Job, arm: Arm, folder: Any) -> Made:
 def read_verdicts(folder: Any) -> list[dict[str, Any]]:
   """One dict a judged prompt: id, prompt, ours, theirs, outcome,
   verdicts, replies."""
-  text = (epath.Path(folder) / "verdicts.jsonl").read_text()
-  return [json.loads(line) for line in text.splitlines()]
+  return disk.read_lines(epath.Path(folder) / "verdicts.jsonl")
 
 
 def read_metrics(c: Any, folder: Any, judged: Any) -> dict[str, Any]:

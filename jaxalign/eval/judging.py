@@ -103,8 +103,8 @@ def as_verdicts(
   """Verdicts on (first, second) and (second, first) as rows for `interrater`.
 
   Args:
-    verdicts: as of `judge_endpoint.judge_both_orders`.
-    items: of the pairs.
+    verdicts: n pairs, as of `judge_endpoint.judge_both_orders`.
+    items: n ids.
     models: names of the first and the second answers.
     rater: name of the judge.
   """

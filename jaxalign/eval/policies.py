@@ -1,6 +1,5 @@
 """Measures the reference and the policies on the held-out split."""
 
-import json
 from typing import Any
 
 from etils import epath
@@ -12,7 +11,6 @@ from jaxalign.core.artifacts import Cost
 from jaxalign.core.settings import pick
 from jaxalign.core.stage import JobSizes, Made, Price
 from jaxalign.eval import held_out
-from jaxalign.eval.held_out import eval_options
 from jaxalign.model import adapters, decoder, hf
 from jaxalign.model.flops import decoder_flops
 from jaxalign.model.job import Arm, arm_folder, Job
@@ -24,23 +22,23 @@ def _save(
 ) -> None:
   """The raw numbers of a policy, so that arms can be compared later."""
   disk.write_array(folder / "held_out_logp.npy", outputs.logp)
-  lines = []
-  for k, i in enumerate(what.prompt_rows):
-    sample = {n: what.rows[i][n] for n in ("id", "prompt", "target")} | dict(
+  rows = [
+    {n: what.rows[i][n] for n in ("id", "prompt", "target")}
+    | dict(
       answer=outputs.texts[k],
       ids=outputs.answers[k].tolist(),
       logp=float(outputs.answer_logp[k]),
       reward=None if outputs.reward is None else float(outputs.reward[k]),
     )
-    lines.append(json.dumps(sample) + "\n")
-  disk.write_bytes(folder / "samples.jsonl", "".join(lines).encode())
+    for k, i in enumerate(what.prompt_rows)
+  ]
+  disk.write_lines(folder / "samples.jsonl", rows)
 
 
 def read_samples(folder: Any) -> list[dict[str, Any]]:
   """What a policy generated, one dict a prompt: its id, prompt, target, answer,
   ids, logp and reward."""
-  text = (epath.Path(folder) / "samples.jsonl").read_text()
-  return [json.loads(line) for line in text.splitlines()]
+  return disk.read_lines(epath.Path(folder) / "samples.jsonl")
 
 
 def _load(folder: Any) -> held_out.PolicyOutputs:
@@ -54,14 +52,6 @@ def _load(folder: Any) -> held_out.PolicyOutputs:
     None if None in reward else reward.astype(float),
     0,
     0,
-  )
-
-
-def _run(
-  job: Job, params: Any, m: decoder.ModelConfig, seed: int = 0
-) -> held_out.PolicyOutputs:
-  return held_out.run_policy(
-    job.mesh, params, m, held_out.eval_set(job), eval_options(job.c, seed)
   )
 
 
@@ -85,7 +75,8 @@ def _measured(job: Job, folder: Any, outputs: Any, *others: Any) -> Made:
 
 def make_baseline(job: Job, arm: None, folder: Any) -> Made:
   """Measures the reference itself, once for all arms."""
-  outputs = _run(job, job.reference, job.model)
+  what = held_out.eval_set(job)
+  outputs = held_out.run_policy(what, job.reference, job.model)
   return _measured(job, folder, outputs, outputs, outputs.answer_logp)
 
 
@@ -105,16 +96,10 @@ def policy_of(job: Job, arm: Arm) -> decoder.Params:
 
 def make_evaluation(job: Job, arm: Arm, folder: Any) -> Made:
   """Measures the policy on the held-out split."""
-  # Arms of one seed meet the same noise; another seed meets another.
-  outputs = _run(job, policy_of(job, arm), job.policy, arm.seed)
-  under = held_out.score_answers(
-    job.mesh,
-    job.reference,
-    job.model,
-    held_out.eval_set(job),
-    outputs.answers,
-    eval_options(job.c),
-  )
+  what, params = held_out.eval_set(job), policy_of(job, arm)
+  outputs = held_out.run_policy(what, params, job.policy, arm.seed)
+  answers = outputs.answers
+  under = held_out.score_answers(what, job.reference, job.model, answers)
   return _measured(job, folder, outputs, _load(job.shared / "baseline"), under)
 
 

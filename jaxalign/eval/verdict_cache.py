@@ -60,14 +60,10 @@ class VerdictCache:
       self.replies[line["key"]] = line.get("reply", "")[:_SHOWN]
 
   def reserve(self, e: Any, most: int) -> None:
-    """Waits for a turn and reserves a request of at most `most` tokens.
-
-    Args:
-      e: has `max_requests`, `max_total_tokens` and `per_minute`.
-      most: tokens.
+    """Waits for a turn, and reserves a request of at most `most` tokens.
 
     Raises:
-      ConfigError: a cap would be exceeded.
+      ConfigError: a cap of `e`, an endpoint, would be exceeded.
     """
     with self._lock:
       requests = self.requests + self._pending + 1
@@ -89,11 +85,7 @@ class VerdictCache:
     time.sleep(max(0.0, start - time.monotonic()))
 
   def add(self, reserved: int, line: dict[str, Any]) -> None:
-    """Appends one attempt, and frees what it had reserved.
-
-    Raises:
-      WriteError: the file could not be written.
-    """
+    """Appends one attempt, and frees the tokens that it had reserved."""
     text = json.dumps(line, ensure_ascii=True).encode() + b"\n"
     with self._lock:
       self._pending -= 1

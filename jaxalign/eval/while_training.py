@@ -366,7 +366,7 @@ def _generations(job: Job) -> Measure:
   """
   c, what = job.c, held_out.eval_set(job)
   what = what._replace(prompt_rows=what.prompt_rows[: c.train.eval_prompts])
-  tok, options = what.tokenizer, held_out.eval_options(c)
+  tok = what.tokenizer
   prompts = [
     decode.fitting(p, job.policy, c.eval.new_tokens)
     for p in held_out.prompts_of(what)
@@ -376,11 +376,10 @@ def _generations(job: Job) -> Measure:
     target_reward = held_out.true_rewards(what, targets)
 
   def measure(params):
-    answers = held_out.write_answers(
-      job.mesh, params, job.policy, what, options, label="eval generations"
-    )
+    label = "eval generations"
+    answers = held_out.write_answers(what, params, job.policy, label=label)
     score = lambda params, m: np.float64(
-      held_out.score_answers(job.mesh, params, m, what, answers, options)
+      held_out.score_answers(what, params, m, answers)
     )
     own, malformed, wins = score(params, job.policy), None, {}
     if what.world is not None:

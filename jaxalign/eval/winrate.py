@@ -86,8 +86,8 @@ def win_metrics(
     groups: [n] topics or sources, or None.
 
   Returns:
-    {metric: {"value", "low", "high", "n"}} and the outcomes apart, at equal
-    length and by group.
+    {metric: {"value", "low", "high", "n"}}, and "outcomes", "equal_length",
+    "by_topic" and "against".
   """
   name, words = BASELINES[baseline]
   outcomes = np.asarray(outcomes, np.float64)
@@ -236,17 +236,13 @@ def length_preference(
   """Whether a rater likes the longer of two answers.
 
   A rater may be right to: length is a bias only against another rater, or
-  where the two answers are known to be equally good.
-
-  Args:
-    outcomes: [n] of the first answers.
-    ours: [n] lengths of the first answers.
-    theirs: [n] lengths of the second, in the same unit.
+  where the two answers are known to be equally good. The arguments are those
+  of `at_equal_length`.
 
   Returns:
     {"longer": `proportion` of the verdicts that name a winner, the answers not
-    equally long, in which the longer wins; "slope": as of `at_equal_length`,
-    None with "why" where it is not known; "n": pairs}.
+    equally long, in which the longer wins; "slope", "why" and "n": as of
+    `at_equal_length`}.
   """
   w, ours, theirs = _checked(outcomes, ours, theirs)
   fit = at_equal_length(w, ours, theirs)

@@ -1,9 +1,9 @@
-"""Low-rank adapters: LoRA beside frozen weights, and three names for it.
+"""Low-rank adapters: LoRA on frozen weights, and three names for it.
 
 A weight W [in, out] that a target names is used as W + scale * A B, with A
 [in, r] and B [r, out]; `decoder.table` lists them as "layers/wq:a" and
 "layers/wq:b" wherever `ModelConfig.lora` is set, so that whatever maps over
-the table knows them. The product A B is only ever formed by `merge`.
+the table knows them. The product A B is only ever formed by `Merged`.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,12 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.core import sharding
 from jaxalign.core.errors import ConfigError, NumericError
-from jaxalign.model.parameters import Param, Params
+from jaxalign.model.parameters import init_params, Param, Params
 
-# "lora": Hu et al. 2021, without its dropout (with it the policy would not
-#   start as the reference).
+# "lora": Hu et al. 2021, without its dropout (with it the first policy would
+#   not be the reference).
 # "allora": Huang and Balestriero 2024; no scale, see `train.optim.allora`.
 # "lora_sb": Ponkshe et al. 2024; W + scale * A R B where only R [r, r]
 #   ("layers/wq:r") is trained, see `train.subspace`.
@@ -66,32 +65,27 @@ def targets(lora: Lora, names: Iterable[str]) -> list[str]:
   Raises:
     ConfigError: a pattern that matches nothing; lists what there is.
   """
-  short = lambda name: name.removeprefix("layers/")
-  there = [n for n in names if n.startswith("layers/") and short(n) in LINEAR]
-  called = {n: (short(n), *LINEAR[short(n)][1]) for n in there}
-  found = set()
-  for pattern in lora.targets:
-    match = lambda name, p=pattern: p == EVERY or fnmatch.fnmatchcase(name, p)
-    hit = {n for n in there if any(map(match, called[n]))}
-    if not hit:
-      listed = ", ".join(
-        f"{ours} ({' or '.join(theirs)})" for ours, *theirs in called.values()
-      )
-      raise ConfigError(
-        f"LoRA target {pattern!r} matches no weight; there are "
-        f"{listed}, or {EVERY!r}; set config.lora.targets"
-      )
-    found |= hit
-  if not found:
+  if not lora.targets:
     raise ConfigError(
       f"no LoRA targets; set config.lora.targets to ({EVERY!r},)"
     )
-  return [n for n in there if n in found]
+  short = {n.removeprefix("layers/"): n for n in names}
+  called = {n: (n, *LINEAR[n][1]) for n in short if n in LINEAR}
+  hits = set()
+  for pattern in lora.targets:
+    match = lambda n, p=pattern: p == EVERY or fnmatch.filter(called[n], p)
+    matches = set(filter(match, called))
+    if not matches:
+      known = [f"{n} ({' or '.join(of[1:])})" for n, of in called.items()]
+      raise ConfigError(
+        f"LoRA target {pattern!r} matches no weight; there are "
+        f"{', '.join(known)}, or {EVERY!r}; set config.lora.targets"
+      )
+    hits |= matches
+  return [short[n] for n in called if n in hits]
 
 
-def sizes(
-  name: str, shape: tuple[int, ...]
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def sides(name: str, shape: tuple[int, ...]) -> tuple[tuple, tuple]:
   """The input's and the output's axes of a stacked weight's shape."""
   cut = 1 + LINEAR[name.removeprefix("layers/")][0]
   return shape[1:cut], shape[cut:]
@@ -114,7 +108,7 @@ def check_lora(lora: Lora, rows: Mapping[str, Param]) -> None:
       f"lora.alpha={lora.alpha}, wanted more than 0; set config.lora.alpha"
     )
   for name in targets(lora, rows):
-    widest = min(map(math.prod, sizes(name, rows[name].shape)))
+    widest = min(map(math.prod, sides(name, rows[name].shape)))
     if lora.rank > widest:
       raise ConfigError(
         f"lora.rank={lora.rank} is more than {name} can have, "
@@ -128,7 +122,7 @@ def rows(lora: Lora, base: Mapping[str, Param]) -> dict[str, Param]:
   out, r = {}, lora.rank
   for name in targets(lora, base):
     p = base[name]
-    into, outof = sizes(name, p.shape)
+    into, outof = sides(name, p.shape)
     t, cut = p.shape[0], 1 + len(into)
     scale = 1 / math.sqrt(3 * math.prod(into))
     out[f"{name}:a"] = Param((t, *into, r), (*p.axes[:cut], None), scale)
@@ -144,55 +138,38 @@ def is_adapter(name: str) -> bool:
   return ":" in name
 
 
-def is_trained(name: str, lora: Lora | None) -> bool:
-  """Whether a parameter is trained; without adapters all are."""
-  if lora is None:
-    return True
-  return name.endswith((":r",) if lora.variant == "lora_sb" else (":a", ":b"))
-
-
 def split(params: Mapping, lora: Lora | None) -> tuple[dict, dict]:
   """(trained, frozen) parameters, or rows, or anything else by name."""
-  trained = {n: x for n, x in params.items() if is_trained(n, lora)}
+  ends = ("",)  # without adapters all are trained
+  if lora is not None:
+    ends = (":r",) if lora.variant == "lora_sb" else (":a", ":b")
+  trained = {n: x for n, x in params.items() if n.endswith(ends)}
   return trained, {n: x for n, x in params.items() if n not in trained}
 
 
-def init(
-  key: jax.Array, rows: Mapping[str, Param], mesh: jax.sharding.Mesh
-) -> Params:
-  """Fresh adapters in float32 on their shards: A uniform on +-1/sqrt(in), as
-  PEFT draws it, B (and R) zero.
+def init(key: jax.Array, rows: Mapping[str, Param]) -> Params:
+  """Fresh adapters in float32 on the current mesh, of a model's whole table: A
+  uniform on +-1/sqrt(in), as PEFT draws it, B (and R) zero."""
 
-  Args:
-    key: of the draw; the numbers do not depend on the mesh.
-    rows: the model's whole table.
-    mesh: to lay them on.
-  """
-  own = {n: p for n, p in rows.items() if is_adapter(n)}
-  specs = {n: sharding.named(mesh, *p.axes).spec for n, p in own.items()}
-
-  def one(key, p):
+  def draw(key, p):
     if not p.scale:
       return jnp.zeros(p.shape, jnp.float32)
     bound = math.sqrt(3) * p.scale
     return jax.random.uniform(key, p.shape, jnp.float32, -bound, bound)
 
-  def draw(key):
-    keys = jax.random.split(key, len(own))
-    return {n: one(k, p) for k, (n, p) in zip(keys, sorted(own.items()))}
-
-  return jax.jit(jax.sharding.auto_axes(draw, out_sharding=specs))(key)
+  own = {n: p for n, p in rows.items() if is_adapter(n)}
+  return init_params(key, own, draw)
 
 
 def assert_zero(params: Mapping[str, jax.Array]) -> None:
-  """Raises NumericError where adapters do not start as no change at all."""
+  """Raises NumericError where fresh adapters are not "no change at all"."""
   last = ":r" if any(n.endswith(":r") for n in params) else ":b"
   zero = lambda x: float(jnp.max(jnp.abs(x))) == 0.0
   moved = [n for n, x in params.items() if n.endswith(last) and not zero(x)]
   if moved:
     raise NumericError(
-      f"adapters {', '.join(moved)} are not 0 at the start: "
-      "the policy would not begin as the reference"
+      f"adapters {', '.join(moved)} are not 0 before training: "
+      "the first policy would not be the reference"
     )
 
 
@@ -203,11 +180,9 @@ def apply(
   a: jax.Array,
   r: jax.Array | None,
   b: jax.Array,
-  *,
-  out_sharding: Any = None,
-  precision: Any = None,
+  **how: Any,
 ) -> jax.Array:
-  """scale * ((x A) R) B beside the product that `equation` names.
+  """scale * ((x A) R) B, to add to the product that `equation` names.
 
   Args:
     x: [B, L, in] activations.
@@ -216,22 +191,16 @@ def apply(
     a: [in, r], ready to multiply.
     r: [r, r], or None.
     b: [r, out].
-    out_sharding: where a sum over `tensor` lands; None: none is taken.
-    precision: of the products.
+    **how: of `einsum`: its precision, and the sharding of what is summed.
   """
   into, rest = equation.split(",")
   weight, out = rest.split("->")
   inner = "".join(i for i in weight if i in into)
   outer = "".join(i for i in weight if i in out)
-  multiply = functools.partial(jnp.einsum, precision=precision)
-  landed = functools.partial(multiply, out_sharding=out_sharding)
-  h = landed(f"{into},{inner}r->blr", x, a)
+  h = jnp.einsum(f"{into},{inner}r->blr", x, a, **how)
   if r is not None:
-    h = multiply("blr,rs->bls", h, r)
-  return landed(f"blr,r{outer}->{out}", factor * h, b)
-
-
-# A model without adapters, of one with them.
+    h = jnp.einsum("blr,rs->bls", h, r, precision=how.get("precision"))
+  return jnp.einsum(f"blr,r{outer}->{out}", factor * h, b, **how)
 
 
 @functools.partial(jax.jit, static_argnames=("factor",))
@@ -245,7 +214,8 @@ def _merged(w, a, r, b, factor):
 
 
 class Merged(Mapping):
-  """The base's parameters with scale * A R B added, each made when asked for.
+  """The base's parameters with scale * A R B added in float32, rounded to the
+  weight's type, each made when it is read.
 
   A mapping, so that an export holds one merged weight more than there is, and
   not all of them.
@@ -268,12 +238,6 @@ class Merged(Mapping):
 
   def __len__(self) -> int:
     return sum(1 for _ in self)
-
-
-def merge(params: Mapping[str, jax.Array], lora: Lora) -> Params:
-  """Every parameter of the base, merged: W + scale * A R B in float32,
-  rounded to W's type."""
-  return dict(Merged(params, lora))
 
 
 def folded(params: Mapping[str, np.ndarray], name: str) -> tuple:

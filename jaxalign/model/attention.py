@@ -1,9 +1,9 @@
 """Rotary positions, and attention by platform: fused kernels or plain.
 
-All kernels answer the same question: softmax(cap(scale q.k)) v over the keys
-that `Seen` lets a query look at. `plain` holds the [L, S] scores and follows
+All kernels compute softmax(cap(scale q.k)) v over the keys that `Seen` lets a
+query look at. `plain` holds the [L, S] scores and follows
 `Seen` to the letter. The fused kernels hold no scores, and know a mask by slot
-numbers alone: they require that within a segment the slots lie side by side
+numbers alone: they require that within a segment the slots are consecutive
 and positions rise by one per slot, and that a slot that holds nothing has a
 segment of its own (padding on the right needs none: causality hides it).
 
@@ -23,8 +23,6 @@ import numpy as np
 from jaxalign.core import sharding
 from jaxalign.core.errors import ConfigError
 from jaxalign.model.parameters import wide
-
-# Rotary positions.
 
 
 class Rope(NamedTuple):
@@ -79,18 +77,17 @@ ROPES = {
 
 def check_rope(r: Rope) -> None:
   """Raises ConfigError for a kind that is not known, or sizes with no sense."""
+  problem = ""
   if r.kind not in ROPES:
-    known = ", ".join(ROPES)
-    raise ConfigError(f"rope_type={r.kind!r} is unknown; known: {known}")
-  if r.kind in ("llama3", "yarn") and r.original < 1:
-    raise ConfigError(
-      f"rope_type={r.kind!r} needs original_max_position_embeddings"
-    )
-  if r.theta <= 1 or r.factor <= 0 or (r.kind == "llama3" and r.high <= r.low):
-    raise ConfigError(
-      f"{r}: wanted theta above 1, factor above 0 and "
-      "high_freq_factor above low_freq_factor"
-    )
+    problem = f"rope_type={r.kind!r} is unknown; known: {', '.join(ROPES)}"
+  elif r.kind in ("llama3", "yarn") and r.original < 1:
+    problem = f"rope_type={r.kind!r} needs original_max_position_embeddings"
+  elif r.theta <= 1 or r.factor <= 0:
+    problem = f"{r}: wanted theta above 1 and factor above 0"
+  elif r.kind == "llama3" and r.high <= r.low:
+    problem = f"{r}: wanted high_freq_factor above low_freq_factor"
+  if problem:
+    raise ConfigError(problem)
 
 
 def frequencies(r: Rope, dims: int) -> np.ndarray:
@@ -99,41 +96,30 @@ def frequencies(r: Rope, dims: int) -> np.ndarray:
   return ROPES[r.kind](base, r, dims)
 
 
-def magnitude(r: Rope) -> float:
-  """What yarn multiplies sine and cosine by; 1 for the others."""
-  if r.kind != "yarn":
-    return 1.0
-  return r.magnitude or (0.1 * math.log(r.factor) + 1 if r.factor > 1 else 1.0)
-
-
 def angles(
   r: Rope, dims: int, positions: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
   """Cosine and sine [B, L, dims / 2] float32 at `positions` [B, L]."""
   frequency = jnp.asarray(frequencies(r, dims), jnp.float32)
   angle = positions.astype(jnp.float32)[..., None] * frequency[None, None, :]
-  scale = magnitude(r)
+  scale = 1.0
+  if r.kind == "yarn":
+    scale = r.magnitude or 0.1 * math.log(max(r.factor, 1.0)) + 1
   return scale * jnp.cos(angle), scale * jnp.sin(angle)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-  """Rotates the first dimensions of the last axis, half against half.
+  """Rotates the first dimensions of x [B, L, ..., C], half against half.
 
-  Args:
-    x: [B, L, ..., C].
-    cos: [B or 1, L, dims / 2], as from `angles`; dimensions from `dims` on
-      pass unturned.
-    sin: the same shape.
+  `cos` and `sin` [B or 1, L, dims / 2] are as from `angles`; dimensions from
+  `dims` on pass as they are.
   """
-  extra = (None,) * (x.ndim - 3)
-  cos = cos[(slice(None), slice(None)) + extra].astype(x.dtype)
-  sin = sin[(slice(None), slice(None)) + extra].astype(x.dtype)
+  over = (slice(None), slice(None), *(None,) * (x.ndim - 3))
+  cos, sin = cos[over].astype(x.dtype), sin[over].astype(x.dtype)
   half = cos.shape[-1]
   a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
 
-
-# Attention.
 
 FAR = 2**30  # the position of a slot that holds nothing; no window is as long
 GPU = ("gpu", "cuda")  # JAX says gpu; lowering for one says cuda
@@ -153,9 +139,7 @@ class Attention(NamedTuple):
 
   kernel: str  # a key of KERNELS, as from `resolve`
   scale: float  # multiplies q.k
-  softcap: float = (
-    0.0  # scores become softcap * tanh(scores / softcap); 0: none
-  )
+  softcap: float = 0.0  # scores: softcap * tanh(scores / softcap); 0: none
   windows: tuple[int, ...] = (0,)  # keys a query reaches, by kind; 0: all
 
 
@@ -170,9 +154,7 @@ def window_of(spec: Attention, kind: jax.Array | None) -> int | jax.Array:
 def mask(seen: Seen, window: int | jax.Array = 0) -> jax.Array:
   """[B or 1, L, S] bool, true where a query may look.
 
-  Args:
-    seen: positions and segments.
-    window: keys in reach, the query's own among them; the int 0: all.
+  `window` counts the keys in reach, the query's own among them; the int 0: all.
   """
   distance = seen.q_position[:, :, None] - seen.k_position[:, None, :]
   ok = distance >= 0
@@ -236,9 +218,8 @@ def _splash(q, k, v, segments, spec, window):
     return jnp.pad(x, ((0, 0), (0, 0), (0, extra), (0, 0)))
 
   if segments is not None:
-    segments = splash.SegmentIds(
-      *(jnp.pad(s, ((0, 0), (0, extra))) for s in segments)
-    )
+    longer = [jnp.pad(s, ((0, 0), (0, extra))) for s in segments]
+    segments = splash.SegmentIds(*longer)
   q = (spec.scale * q.astype(jnp.float32)).astype(q.dtype)
   y = jax.vmap(kernel)(by_head(q), by_head(k), by_head(v), segments)
   y = jnp.swapaxes(y[:, :, :length], 1, 2)
@@ -352,22 +333,19 @@ def resolve(
   "auto" is splash on a TPU for rows of 256 slots and more (shorter ones fit
   less than a block); on a GPU it is cuDNN's flash attention where that can
   run on any card: 16-bit, no soft cap, heads of at most 128. On a CPU it is
-  tiles, which is plain but for packed tokens. All else is plain. A named kernel
-  is taken at its word if the platform has it.
+  tiles, which is plain but for packed tokens. All else is plain.
 
   Args:
     kernel: "auto" or a key of KERNELS.
     platform: as from `sharding.platform`.
-    head_size: C.
-    dtype: of q, k and v.
+    head_size, dtype: of q, k and v.
     softcap: as of `Attention`.
     length: of the longest row; None: long.
 
   Raises:
     ConfigError: an unknown kernel, or one that cannot run here.
   """
-  short = jnp.dtype(dtype).itemsize == 2
-  eights = head_size % 8 == 0
+  short, eights = jnp.dtype(dtype).itemsize == 2, head_size % 8 == 0
   if kernel == "auto":
     if platform == "tpu" and (length is None or length >= 256):
       return "splash"

@@ -10,10 +10,11 @@ import numpy as np
 
 from jaxalign.core import progress, sharding
 from jaxalign.core.errors import ConfigError
+from jaxalign.data.tokens import longest_row, padded_length
 from jaxalign.model import decoder
 from jaxalign.model.attention import FAR, Seen
 from jaxalign.model.decoder import ModelConfig
-from jaxalign.model.parameters import layers_of, Params
+from jaxalign.model.parameters import by_row, layers_of, Params
 
 _PLACE = sharding.PER_ROW
 
@@ -27,11 +28,11 @@ class Sampling(NamedTuple):
 
 
 class GenerateOptions(NamedTuple):
-  """What is generated, and how the work is cut."""
+  """What is generated, and in what chunks."""
 
   new: int  # most tokens of an answer
   eos: int | Sequence[int]  # the id that ends an answer, or several
-  known: int  # ids below this may be drawn (the tokenizer's pieces)
+  known: int  # ids below this may be drawn (the tokenizer's)
   sampling: Sampling = Sampling()
   seed: int = 0  # of the noise: the same tokens on any mesh
   tile: int = 32  # rows a device runs at once
@@ -107,7 +108,7 @@ def _prefill_fn(mesh, m: ModelConfig):
     keys, values = (jnp.moveaxis(each, 0, 1) for each in cache)
     return dict(x=x[:, -1:], keys=keys, values=values)
 
-  return decoder.by_row(mesh, m, prefill)
+  return by_row(mesh, decoder.table(m), prefill)
 
 
 @functools.lru_cache(maxsize=8)
@@ -120,7 +121,7 @@ def _answer_fn(mesh, m: ModelConfig, new, stops, known, sampling: Sampling):
 
   def choose(rows, key, head, x, t):
     scores = decoder.logits(x[:, -1:], head, m.final_softcap)[:, 0]
-    # Ids past the tokenizer's pieces only round the table up.
+    # Ids past the tokenizer's only round the table up.
     scores = jnp.where(jnp.arange(m.vocab)[None, :] < known, scores, -1e30)
     if sampling.temperature == 0:
       return jnp.argmax(scores, axis=-1).astype(jnp.int32)
@@ -166,7 +167,7 @@ def _answer_fn(mesh, m: ModelConfig, new, stops, known, sampling: Sampling):
     start = jnp.int32(1), ids, ends(ids[:, 0]), cache
     return jax.lax.while_loop(going, step, start)[1]
 
-  return decoder.by_row(mesh, m, answer)
+  return by_row(mesh, decoder.table(m), answer)
 
 
 def fitting(prompt: np.ndarray, m: ModelConfig, new: int) -> np.ndarray:
@@ -186,8 +187,8 @@ def generate(
 ) -> list[np.ndarray]:
   """Continues every prompt until EOS or `options.new` tokens.
 
-  A prompt that is there several times, or is asked for several answers, is
-  computed once (once a device, where there are more devices than prompts).
+  A prompt that is there several times, or has several answers, is computed
+  once (once a device, where there are more devices than prompts).
 
   Args:
     mesh: the mesh; each of its devices takes `options.tile` rows a call.
@@ -205,8 +206,6 @@ def generate(
   Raises:
     ConfigError: no room for a prompt, or sampling with no sense.
   """
-  from jaxalign.data import tokens as tokens_lib
-
   o, put = options, lambda x: sharding.put(mesh, x, "pool")
   if not 0 < o.new < m.context:
     raise ConfigError(
@@ -217,8 +216,8 @@ def generate(
   prompts = [fitting(p, m, o.new) for p in prompts]
   lengths = np.array([len(p) for p in prompts])
   # Only the compiled shape is bucketed; padding is hidden by the mask.
-  longest = tokens_lib.longest_row(lengths, m.context - o.new)
-  sizes = np.array([tokens_lib.padded_length(int(x), longest) for x in lengths])
+  longest = longest_row(lengths, m.context - o.new)
+  sizes = np.array([padded_length(int(x), longest) for x in lengths])
   stops = tuple(int(i) for i in np.atleast_1d(o.eos))
   prefill = _prefill_fn(mesh, m)
   answer = _answer_fn(mesh, m, o.new, stops, o.known, o.sampling)
@@ -231,10 +230,8 @@ def generate(
         groups = same[at : at + step]
         own = [groups[d :: mesh.size] for d in range(mesh.size)]  # of a device
         first = [[g[0] // o.answers for g in of or groups[:1]] for of in own]
-        tokens, pad = _padded(
-          [[prompts[i] for i in of] for of in first], size, o
-        )
-        done = dict(tokens=put(tokens), pad=put(pad))
+        padded = _padded([[prompts[i] for i in of] for of in first], size, o)
+        done = {name: put(x) for name, x in padded.items()}
         done = dict(prefill(params, done, {}), pad=done["pad"])
         for rows, index, owner in _calls(own, o.tile):
           more = dict(index=put(index), owner=put(owner))
@@ -248,10 +245,8 @@ def generate(
 
 
 def _row_groups(prompts, index, o, devices) -> list[list[int]]:
-  """Row numbers that share a prompt, one list each time it is computed.
-
-  Once; where there are fewer prompts than devices, on several of these, which
-  share the rows.
+  """Row numbers that share a prompt, one list each time it is computed: once;
+  where there are fewer prompts than devices, on several, which divide the rows.
   """
   same: dict[bytes, list[int]] = {}
   for i in index:
@@ -262,7 +257,7 @@ def _row_groups(prompts, index, o, devices) -> list[list[int]]:
   return [rows for rows in groups if rows]
 
 
-def _padded(by_device, size, o):
+def _padded(by_device, size, o) -> dict[str, np.ndarray]:
   """Tokens [devices * tile, size], padded on the left, and their padding."""
   eos = int(np.atleast_1d(o.eos)[0])
   tokens = np.full((len(by_device) * o.tile, size), eos, np.int32)
@@ -272,7 +267,7 @@ def _padded(by_device, size, o):
     prompt = of[min(row % o.tile, len(of) - 1)]  # the last fills what is left
     pad[row] = size - len(prompt)
     tokens[row, pad[row] :] = prompt
-  return tokens, pad
+  return dict(tokens=tokens, pad=pad)
 
 
 def _calls(own, tile):
@@ -282,11 +277,11 @@ def _calls(own, tile):
     index, owner = np.zeros((2, tile * len(own)), np.int32)
     wanted = np.full(tile * len(own), -1)
     for d, of in enumerate(todo):
-      now = of[first : first + tile]
+      now, at = of[first : first + tile], d * tile
       spare = (now or of or todo[0])[0]  # shapes stay the same
-      for k in range(tile):
-        row, place = now[k] if k < len(now) else spare
-        index[d * tile + k] = row
-        owner[d * tile + k] = place if of else 0
-        wanted[d * tile + k] = row if k < len(now) else -1
+      filled = now + [spare] * (tile - len(now))
+      rows, places = np.transpose(filled)
+      index[at : at + tile] = rows
+      owner[at : at + tile] = places if of else 0
+      wanted[at : at + len(now)] = rows[: len(now)]
     yield wanted, index, owner

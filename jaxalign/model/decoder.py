@@ -1,12 +1,12 @@
 """A decoder as plain functions over one table of parameters.
 
 One forward pass serves every family: `ModelConfig` says which norms, biases,
-windows and caps a family has, `families.py` reads them from config.json.
+windows and caps a family has, `families` reads them from config.json.
 Layers are stacked on a leading axis and scanned; the weights of one layer are
 gathered inside the scan, so at most one whole layer is on a device at a time.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import jax
@@ -57,7 +57,7 @@ class ModelConfig(NamedTuple):
   softcap: float = 0.0  # cap * tanh(q.k / cap); 0: none
   final_softcap: float = 0.0  # the same, of the logits
   embed_scale: float = 1.0  # of the embedding, rounded to `dtype`
-  lora: adapters.Lora | None = None  # low-rank adapters beside the weights
+  lora: adapters.Lora | None = None  # low-rank adapters
 
 
 DTYPES = ("float32", "bfloat16")
@@ -75,10 +75,14 @@ ACTS = {
 NORMS = ("rms", "rms_offset", "layer")  # scale w; scale 1 + w; LayerNorm
 
 
+# Letters of equations -> logical axes; others are never cut.
+_AXES = dict(d="width", g="heads", f="ff")
+
+
 def table(m: ModelConfig) -> dict[str, Param]:
   """Name -> shape, logical axes and initial scale of every parameter."""
   t, d, g, q = m.layers, m.width, m.kv_heads, m.heads // m.kv_heads
-  c, f, v = m.head_size, m.ff, m.vocab
+  size = dict(d=d, g=g, q=q, c=m.head_size, f=m.ff)
   inner = 0.02 / np.sqrt(2 * t)  # residual outputs, as in GPT-2
   rows = {}
 
@@ -88,43 +92,34 @@ def table(m: ModelConfig) -> dict[str, Param]:
     if m.norm == "layer":
       rows[f"{name}_bias"] = Param(shape, axes, 0, 0.0)
 
-  def matrix(name, shape, axes, scale=0.02):
-    rows[f"layers/{name}"] = Param((t, *shape), (None, *axes), scale)
+  def linear(name, into, out, biased, scale=0.02):
+    shape = lambda letters: (t, *(size[i] for i in letters))
+    axes = (None, *map(_AXES.get, into + out))
+    rows[f"layers/w{name}"] = Param(shape(into + out), axes, scale)
+    if biased:  # added to activations, which are never cut over the width
+      axes = (None, *(_AXES.get(i) if i != "d" else None for i in out))
+      rows[f"layers/b{name}"] = Param(shape(out), axes, 0, 0.0)
 
-  def bias(name, shape, axes):
-    rows[f"layers/{name}"] = Param((t, *shape), (None, *axes), 0, 0.0)
-
-  rows["embed"] = Param((v, d), ("vocab", "width"), 0.02)
+  rows["embed"] = Param((m.vocab, d), ("vocab", "width"), 0.02)
   norm("layers/attention_norm", t, d)
-  matrix("wq", (d, g, q, c), ("width", "heads", None, None))
-  matrix("wk", (d, g, c), ("width", "heads", None))
-  matrix("wv", (d, g, c), ("width", "heads", None))
-  matrix("wo", (g, q, c, d), ("heads", None, None, "width"), inner)
+  linear("q", "d", "gqc", m.qkv_bias)
+  linear("k", "d", "gc", m.qkv_bias)
+  linear("v", "d", "gc", m.qkv_bias)
+  linear("o", "gqc", "d", m.out_bias, inner)
   norm("layers/ff_norm", t, d)
   if m.gated:
-    matrix("w_gate", (d, f), ("width", "ff"))
-  matrix("w_up", (d, f), ("width", "ff"))
-  matrix("w_down", (f, d), ("ff", "width"), inner)
-  if m.qkv_bias:
-    bias("bq", (g, q, c), ("heads", None, None))
-    bias("bk", (g, c), ("heads", None))
-    bias("bv", (g, c), ("heads", None))
-  if m.out_bias:
-    bias("bo", (d,), (None,))
-  if m.ff_bias:
-    if m.gated:
-      bias("b_gate", (f,), ("ff",))
-    bias("b_up", (f,), ("ff",))
-    bias("b_down", (d,), (None,))
+    linear("_gate", "d", "f", m.ff_bias)
+  linear("_up", "d", "f", m.ff_bias)
+  linear("_down", "f", "d", m.ff_bias, inner)
   if m.qk_norm:
-    norm("layers/q_norm", t, c)
-    norm("layers/k_norm", t, c)
+    norm("layers/q_norm", t, m.head_size)
+    norm("layers/k_norm", t, m.head_size)
   if m.post_norms:
     norm("layers/attention_post_norm", t, d)
     norm("layers/ff_post_norm", t, d)
   norm("norm", d)
   if not m.tied:
-    rows["head"] = Param((v, d), ("vocab", "width"), 0.02)
+    rows["head"] = rows["embed"]
   if m.lora:
     rows |= adapters.rows(m.lora, rows)
   return rows
@@ -143,57 +138,50 @@ _CHOICES = dict(
 _HEADS_DIVIDE_WIDTH = ("llama", "gemma2", "gemma3_text", "gpt_neox")
 
 
-def check_model(m: ModelConfig, mesh: jax.sharding.Mesh) -> None:
-  """Raises ConfigError where a size does not fit the model or the mesh."""
+def _problems(m: ModelConfig) -> Iterator[str]:
+  """Sizes and names that cannot work."""
   for name in _SIZES:
     if getattr(m, name) < 1:
-      raise ConfigError(f"model.{name}={getattr(m, name)}, wanted 1 or more")
+      yield f"model.{name}={getattr(m, name)}, wanted 1 or more"
   for name, known in _CHOICES.items():
-    if getattr(m, name) not in known:
-      raise ConfigError(
-        f"model.{name}={getattr(m, name)!r} is unknown; known: "
-        f"{', '.join(known)}"
-      )
+    if (value := getattr(m, name)) not in known:
+      yield f"model.{name}={value!r} is unknown; known: {', '.join(known)}"
   if m.heads % m.kv_heads:
-    raise ConfigError(
-      f"model.heads={m.heads} is no multiple of model.kv_heads={m.kv_heads}"
-    )
+    yield f"model.heads={m.heads} is no multiple of model.kv_heads={m.kv_heads}"
   if m.width % m.heads and m.family in _HEADS_DIVIDE_WIDTH:
-    raise ConfigError(
-      f"model.width={m.width} is no multiple of model.heads={m.heads}"
-    )
+    yield f"model.width={m.width} is no multiple of model.heads={m.heads}"
   if rotated(m) % 2 or not rotated(m):
-    raise ConfigError(
+    yield (
       f"model.head_size={m.head_size} has {rotated(m)} rotated "
       "dimensions, wanted an even number (rotary pairs)"
     )
+  known = set(range(len(m.windows)))
+  if m.kinds and (len(m.kinds) != m.layers or not set(m.kinds) <= known):
+    yield (
+      f"model.kinds={m.kinds} wants one of {len(m.windows)} "
+      f"kinds for each of {m.layers} layers"
+    )
+
+
+def check_model(m: ModelConfig, mesh: jax.sharding.Mesh) -> None:
+  """Raises ConfigError where a size does not fit the model or the mesh."""
+  for problem in _problems(m):
+    raise ConfigError(problem)
   for rope in ropes(m):
     attention.check_rope(rope)
   if m.lora:
     adapters.check_lora(m.lora, table(m._replace(lora=None)))
-  known = set(range(len(m.windows)))
-  if m.kinds and (len(m.kinds) != m.layers or not set(m.kinds) <= known):
-    raise ConfigError(
-      f"model.kinds={m.kinds} wants one of {len(m.windows)} "
-      f"kinds for each of {m.layers} layers"
-    )
   parameters.check_mesh(table(m), mesh)
 
 
-def init(key: jax.Array, m: ModelConfig, mesh: jax.sharding.Mesh) -> Params:
+def init(key: jax.Array, m: ModelConfig) -> Params:
   """Draws the parameters in float32, each straight onto its shards."""
-  return parameters.init_params(key, table(m), mesh)
+  return parameters.init_params(key, table(m))
 
 
 def abstract(m: ModelConfig, mesh: jax.sharding.Mesh) -> Params:
   """Shapes and shardings of the parameters, for restore and compile."""
   return parameters.abstract_params(table(m), mesh)
-
-
-def by_row(mesh: jax.sharding.Mesh, m: ModelConfig, fn):
-  """Jits `fn(params, rows, shared) -> rows`, whole rows to each device."""
-  axes = {n: p.axes for n, p in table(m).items()}
-  return jax.jit(sharding.per_row(mesh, fn, axes))
 
 
 def rotated(m: ModelConfig) -> int:
@@ -214,7 +202,7 @@ def kinds_of(m: ModelConfig) -> jax.Array | None:
 
 
 def precision(m: ModelConfig) -> jax.lax.Precision | None:
-  """float32 is meant: a TPU would multiply it in bfloat16 unless told."""
+  """float32 is meant: a TPU multiplies it in bfloat16 by default."""
   return jax.lax.Precision.HIGHEST if m.dtype == "float32" else None
 
 
@@ -222,15 +210,12 @@ def compiler_options(m: ModelConfig) -> tuple[tuple[str, bool], ...]:
   """How programs of a model are compiled, the items of a dict.
 
   Where products are narrower than float32 XLA may leave out roundings, and
-  leaves out others in a forward pass alone than in one with its gradient; told
-  not to, both have the same bits.
+  leaves out others in a forward pass alone than in one with its gradient;
+  forbidden, both have the same bits.
   """
   if m.dtype == "float32":
     return ()
   return (("xla_allow_excess_precision", False),)
-
-
-# The forward pass, from top to bottom.
 
 
 class Positions(NamedTuple):
@@ -242,8 +227,14 @@ class Positions(NamedTuple):
   packed: PackedSeen | None = None  # of packed tokens, instead of seen
 
 
+def counted(tokens: jax.Array) -> Seen:
+  """Rows [B, L] of one sequence each, from its first token on."""
+  position = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+  return Seen(position, position)
+
+
 def positions_of(m: ModelConfig, seen: Seen) -> Positions:
-  """The rotary tables at the queries' positions, beside who sees whom."""
+  """The rotary tables at the queries' positions, and who sees whom."""
   tables = [attention.angles(r, rotated(m), seen.q_position) for r in ropes(m)]
   cos, sin = (jnp.stack(each) for each in zip(*tables))
   return Positions(cos, sin, seen)
@@ -289,12 +280,6 @@ def forward(
   return normed(x, params, "norm", m)
 
 
-def counted(tokens: jax.Array) -> Seen:
-  """Rows [B, L] of one sequence each, from its first token on."""
-  position = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
-  return Seen(position, position)
-
-
 def embed_tokens(
   params: Params, tokens: jax.Array, m: ModelConfig, place
 ) -> jax.Array:
@@ -335,9 +320,9 @@ def block(
   project = _projector(layer, m, place)
 
   y = normed(x, layer, "layers/attention_norm", m)
-  q = project(y, "wq", "bld,dgqc->blgqc", "bq")
-  k = project(y, "wk", "bld,dgc->blgc", "bk")
-  v = project(y, "wv", "bld,dgc->blgc", "bv")
+  q = project(y, "q", "bld,dgqc->blgqc")
+  k = project(y, "k", "bld,dgc->blgc")
+  v = project(y, "v", "bld,dgc->blgc")
   if m.qk_norm:
     q = normed(q, layer, "layers/q_norm", m)
     k = normed(k, layer, "layers/k_norm", m)
@@ -355,43 +340,42 @@ def block(
     y = attention.attend(q, k, v, rows.seen, spec, kind, place)
   else:
     y = attend_packed(q, k, v, rows.packed, spec, kind, place)
-  y = project(y, "wo", "blgqc,gqcd->bld", "bo", out=summed)
+  y = project(y, "o", "blgqc,gqcd->bld", summed)
   if m.post_norms:
     y = normed(y, layer, "layers/attention_post_norm", m)
 
   before, x = x, x + y
   y = normed(before if m.parallel else x, layer, "layers/ff_norm", m)
-  up = project(y, "w_up", "bld,df->blf", "b_up")
+  up = project(y, "_up", "bld,df->blf")
   if m.gated:
-    up = ACTS[m.act](project(y, "w_gate", "bld,df->blf", "b_gate")) * up
+    up = ACTS[m.act](project(y, "_gate", "bld,df->blf")) * up
   else:
     up = ACTS[m.act](up)
-  y = project(up, "w_down", "blf,fd->bld", "b_down", out=summed)
+  y = project(up, "_down", "blf,fd->bld", summed)
   if m.post_norms:
     y = normed(y, layer, "layers/ff_post_norm", m)
   return x + y, (k, v)
 
 
 def _projector(layer, m, place):
-  """(x, weight, equation, bias) -> x times it, its adapter and bias added."""
+  """(x, weight, equation) -> x times it, its adapter and bias added."""
   axes, dtype = table(m), jnp.dtype(m.dtype)
 
   def ready(name, gather=place.weight):
-    full = f"layers/{name}"
-    return gather(layer[full], axes[full].axes[1:]).astype(dtype)
+    if name not in layer:
+      return None
+    return gather(layer[name], axes[name].axes[1:]).astype(dtype)
 
-  def project(x, name, equation, bias, out=None):
+  def project(x, name, equation, out=None):
+    weight = f"layers/w{name}"
     how = dict(out_sharding=out, precision=precision(m))
-    y = jnp.einsum(equation, x, ready(name), **how)
-    if f"layers/{name}:a" in layer:
-      a, b = ready(f"{name}:a"), ready(f"{name}:b")
-      r = ready(f"{name}:r") if f"layers/{name}:r" in layer else None
-      y = y + adapters.apply(
-        x, equation, adapters.scale(m.lora), a, r, b, **how
-      )
-    if f"layers/{bias}" in layer:
-      y = y + ready(bias, place.bias)[None, None]
-    return y
+    y = jnp.einsum(equation, x, ready(weight), **how)
+    if f"{weight}:a" in layer:
+      a, b, r = (ready(f"{weight}:{side}") for side in "abr")
+      factor = adapters.scale(m.lora)
+      y = y + adapters.apply(x, equation, factor, a, r, b, **how)
+    bias = ready(f"layers/b{name}", place.bias)
+    return y if bias is None else y + bias[None, None]
 
   return project
 
@@ -431,13 +415,8 @@ def logits(x: jax.Array, weight: jax.Array, softcap: float = 0.0) -> jax.Array:
     softcap: `ModelConfig.final_softcap`.
   """
   exact = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-  y = jnp.einsum(
-    "bld,...d->bl...",
-    x,
-    weight.astype(x.dtype),
-    preferred_element_type=wide(x),
-    precision=exact,
-  )
+  how = dict(preferred_element_type=wide(x), precision=exact)
+  y = jnp.einsum("bld,...d->bl...", x, weight.astype(x.dtype), **how)
   return softcap * jnp.tanh(y / softcap) if softcap else y
 
 
@@ -448,15 +427,7 @@ def forward_at(
   layers: int,
   place: sharding.Place = sharding.SPREAD,
 ) -> tuple[jax.Array, jax.Array]:
-  """`forward`, and beside it that of the model cut after `layers` layers.
-
-  Args:
-    params, tokens, m, place: as of `forward`.
-    layers: at most `m.layers`; 0 or all: both are the same.
-
-  Returns:
-    Two [B, L, D] in `m.dtype`, each after the final norm.
-  """
+  """`forward`, and that of the model cut after `layers` layers (0: all)."""
   if layers in (0, m.layers):
     x = forward(params, tokens, m, place)
     return x, x

@@ -8,17 +8,17 @@ its own rows and nothing is gathered.
 
 from collections.abc import Mapping
 import json
-import math
 from typing import Any, NamedTuple
 
 from etils import epath
 import jax
 import jax.numpy as jnp
 
-from jaxalign.core import sharding
 from jaxalign.core.errors import ConfigError, DataError
 from jaxalign.core.hub import resolve_settings
-from jaxalign.model.parameters import layers_of, Param, Params, Stored
+from jaxalign.model.decoder import ACTS, DTYPES
+from jaxalign.model.families import fields
+from jaxalign.model.parameters import layers_of, Layout, Param, Params, Stored
 
 
 class EncoderConfig(NamedTuple):
@@ -34,7 +34,7 @@ class EncoderConfig(NamedTuple):
   types: int = 2  # rows of the token type table
   offset: int = 0  # the first token's position
   norm_eps: float = 1e-12
-  act: str = "gelu"  # a key of ACTS
+  act: str = "gelu"  # a key of decoder.ACTS
   pooling: str = "mean"  # a key of POOLINGS
   normalize: bool = False  # embeddings of length one
   lower: bool = False  # texts are put in lower case before the tokenizer
@@ -43,14 +43,6 @@ class EncoderConfig(NamedTuple):
 
 
 FAMILIES = ("bert", "roberta", "xlm-roberta")
-DTYPES = ("float32", "bfloat16")
-ACTS = {
-  "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-  "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
-  "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-  "relu": jax.nn.relu,
-  "silu": jax.nn.silu,
-}
 
 
 def _mean(x, mask):
@@ -65,105 +57,72 @@ def _last(x, mask):
   return jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
 
 
+def _max(x, mask):
+  return jnp.max(jnp.where(mask[:, :, None], x, -jnp.inf), axis=1)
+
+
 # (hidden states [B, L, D] float32, mask [B, L] bool) -> [B, D]
 POOLINGS = {
   "mean": _mean,
   "cls": lambda x, mask: x[:, 0],
   "last": _last,
-  "max": lambda x, mask: jnp.max(
-    jnp.where(mask[:, :, None], x, -jnp.inf), axis=1
-  ),
-}
-# What sentence-transformers calls them, in its new files and in its old ones.
-_POOLING_NAMES = dict(mean="mean", cls="cls", lasttoken="last", max="max")
-_OLD_POOLING_NAMES = {
-  "pooling_mode_mean_tokens": "mean",
-  "pooling_mode_cls_token": "cls",
-  "pooling_mode_lasttoken": "lasttoken",
-  "pooling_mode_max_tokens": "max",
-  "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
-  "pooling_mode_weightedmean_tokens": "weightedmean",
+  "max": _max,
 }
 
 
-def table(m: EncoderConfig) -> dict[str, Param]:
-  """Name -> shape, logical axes and initial scale of every parameter."""
-  t, d, h, c, f = m.layers, m.width, m.heads, m.width // m.heads, m.ff
-  rows = {}
-
-  def matrix(name, *shape):
-    rows[name] = Param(shape, (None,) * len(shape), 0.02)
-
-  def linear(name, into, out):
-    matrix(f"layers/w{name}", t, *into, *out)
-    rows[f"layers/b{name}"] = Param((t, *out), (None,) * (1 + len(out)), 0, 0.0)
-
-  def norm(name, *shape):
-    axes = (None,) * len(shape)
-    rows[name] = Param(shape, axes, 0)
-    rows[f"{name}_bias"] = Param(shape, axes, 0, 0.0)
-
-  matrix("embed", m.vocab, d)
-  matrix("positions", m.positions, d)
-  matrix("types", m.types, d)
-  norm("norm", d)
-  for name in "qkv":
-    linear(name, (d,), (h, c))
-  linear("o", (h, c), (d,))
-  norm("layers/attention_norm", t, d)
-  linear("_up", (d,), (f,))
-  linear("_down", (f,), (d,))
-  norm("layers/ff_norm", t, d)
-  return rows
-
-
-def stored(m: EncoderConfig) -> dict[str, Stored]:
-  """Where each parameter lies in a Hugging Face checkpoint."""
+def encoder_layout(m: EncoderConfig) -> Layout:
+  """The parameters, and where they lie in a Hugging Face checkpoint."""
   d, h, c, f = m.width, m.heads, m.width // m.heads, m.ff
-  at = "encoder.layer.{}."
-  rows = {}
+  at, rows, stored = "encoder.layer.{}.", {}, {}
 
-  def plain(name, theirs, *shape):
-    rows[name] = Stored.plain(f"embeddings.{theirs}", *shape)
+  def add(name, s, scale=0.0, constant=0.0):
+    shape = tuple(s.view[i] for i in s.order)
+    if name.startswith("layers/"):
+      shape = (m.layers, *shape)
+    rows[name] = Param(shape, (None,) * len(shape), scale, constant)
+    stored[name] = s
 
   def norm(name, theirs):
-    rows[name] = Stored.plain(f"{theirs}.weight", d)
-    rows[f"{name}_bias"] = Stored.plain(f"{theirs}.bias", d)
+    add(name, Stored.plain(f"{theirs}.weight", d), constant=1.0)
+    add(f"{name}_bias", Stored.plain(f"{theirs}.bias", d))
 
-  def linear(name, theirs, out, into, order):
-    shape = math.prod(out), math.prod(into)
-    weight = Stored(f"{at}{theirs}.weight", shape, (*out, *into), order)
-    bias = Stored(f"{at}{theirs}.bias", shape[:1], out, tuple(range(len(out))))
-    rows[f"layers/w{name}"], rows[f"layers/b{name}"] = weight, bias
+  def linear(name, theirs, into, out):
+    weight = Stored.linear(f"{at}{theirs}.weight", (*into, *out), len(into))
+    add(f"layers/w{name}", weight, 0.02)
+    add(f"layers/b{name}", Stored.flat(f"{at}{theirs}.bias", *out))
 
-  plain("embed", "word_embeddings.weight", m.vocab, d)
-  plain("positions", "position_embeddings.weight", m.positions, d)
-  plain("types", "token_type_embeddings.weight", m.types, d)
+  def table(name, theirs, size):
+    theirs = f"embeddings.{theirs}_embeddings.weight"
+    add(name, Stored.plain(theirs, size, d), 0.02)
+
+  table("embed", "word", m.vocab)
+  table("positions", "position", m.positions)
+  table("types", "token_type", m.types)
   norm("norm", "embeddings.LayerNorm")
-  for ours, theirs in (("q", "query"), ("k", "key"), ("v", "value")):
-    linear(ours, f"attention.self.{theirs}", (h, c), (d,), (2, 0, 1))
-  linear("o", "attention.output.dense", (d,), (h, c), (1, 2, 0))
-  linear("_up", "intermediate.dense", (f,), (d,), (1, 0))
-  linear("_down", "output.dense", (d,), (f,), (1, 0))
+  for name, other in zip("qkv", ("query", "key", "value")):
+    linear(name, f"attention.self.{other}", (d,), (h, c))
+  linear("o", "attention.output.dense", (h, c), (d,))
+  linear("_up", "intermediate.dense", (d,), (f,))
+  linear("_down", "output.dense", (f,), (d,))
   norm("layers/attention_norm", f"{at}attention.output.LayerNorm")
   norm("layers/ff_norm", f"{at}output.LayerNorm")
-  return rows
+  return Layout(rows, stored, _rename)
 
 
-_UNUSED = tuple(
-  "pooler. cls. lm_head. classifier. embeddings.position_ids".split()
-)
+_UNUSED = "pooler.", "cls.", "lm_head.", "classifier."
 
 
-def canonical(name: str) -> str | None:
-  """A stored tensor's name without its model's prefix; None: not needed.
+def _rename(name: str) -> str | None:
+  """The pooler and the heads have no part in an embedding."""
+  name = without_prefix(name)
+  return None if name is None or name.startswith(_UNUSED) else name
 
-  Checkpoints of a model with a head say `bert.embeddings...`; the pooler, the
-  heads and the table of position numbers have no part in an embedding.
-  """
-  for prefix in ("bert.", "roberta."):
-    name = name.removeprefix(prefix)
-  return None if name.startswith(_UNUSED) else name
+
+def without_prefix(name: str) -> str | None:
+  """A tensor's name without its model's (`bert.embeddings...`); None: a buffer
+  of position numbers."""
+  name = name.removeprefix("bert.").removeprefix("roberta.")
+  return None if name.startswith("embeddings.position_ids") else name
 
 
 def layer_norm(
@@ -179,7 +138,7 @@ def layer_norm(
 
 def _multiply(equation, x, y):
   """In the operands' dtype, summed in float32."""
-  # A TPU multiplies float32 in bfloat16 unless told not to.
+  # A TPU multiplies float32 in bfloat16 unless the precision is named.
   exact = jax.lax.Precision.HIGHEST if y.dtype == jnp.float32 else None
   wide = dict(precision=exact, preferred_element_type=jnp.float32)
   return jnp.einsum(equation, x, y, **wide)
@@ -205,7 +164,6 @@ def block(
   layer: Mapping[str, jax.Array],
   mask: jax.Array,
   m: EncoderConfig,
-  place: sharding.Place,
 ) -> jax.Array:
   """One layer: attention and feed-forward, each residual, then normed.
 
@@ -214,24 +172,19 @@ def block(
     layer: the layer's parameters.
     mask: [B, L] bool, true where there is a token.
     m: the model's sizes.
-    place: a `sharding.Place`.
   """
-  axes, dtype = table(m), jnp.dtype(m.dtype)
-  batch, length, d = x.shape
+  dtype, (batch, length, d) = jnp.dtype(m.dtype), x.shape
   heads, c = m.heads, m.width // m.heads
-
-  def weight(name):
-    full = f"layers/{name}"
-    return place.weight(layer[full], axes[full].axes[1:])
 
   def linear(x, name, inner, outer):
     # Flat matrices: one large product instead of many small ones.
-    w = weight(f"w{name}").reshape(inner, outer).astype(dtype)
+    w = layer[f"layers/w{name}"].reshape(inner, outer).astype(dtype)
     y = _multiply("nd,df->nf", x.astype(dtype), w)
-    return y + weight(f"b{name}").reshape(1, outer)
+    return y + layer[f"layers/b{name}"].reshape(1, outer)
 
   def norm(x, name):
-    return layer_norm(x, weight(name), weight(f"{name}_bias"), m.norm_eps)
+    scale, bias = layer[f"layers/{name}"], layer[f"layers/{name}_bias"]
+    return layer_norm(x, scale, bias, m.norm_eps)
 
   def split(y):
     y = y.astype(dtype).reshape(batch, length, heads, c)
@@ -253,31 +206,29 @@ def forward(
   tokens: jax.Array,
   mask: jax.Array,
   m: EncoderConfig,
-  place: sharding.Place = sharding.PER_ROW,
   types: jax.Array | None = None,
 ) -> jax.Array:
-  """Hidden states of the last layer.
+  """Hidden states of the last layer; for whole rows on one device.
 
   Args:
-    params: as in `table`.
+    params: as in `encoder_layout`.
     tokens: [B, L] ids, padded on the right, L + offset at most `m.positions`.
     mask: [B, L] bool, true where there is a token.
     m: the model's sizes.
-    place: `sharding.PER_ROW` inside `sharding.per_row`.
     types: [B, L] token types; None: all 0.
 
   Returns:
     [B, L, D] float32; what stands at padding means nothing.
   """
   length = tokens.shape[1]
-  x = place.lookup(params["embed"], tokens).astype(jnp.float32)
+  x = params["embed"][tokens].astype(jnp.float32)
   x = x + params["positions"][m.offset : m.offset + length][None]
   if types is None:
     x = x + params["types"][0][None, None]
   else:
-    x = x + place.lookup(params["types"], types)
+    x = x + params["types"][types]
   x = layer_norm(x, params["norm"], params["norm_bias"], m.norm_eps)
-  body = lambda x, layer: (block(x, layer, mask, m, place), None)
+  body = lambda x, layer: (block(x, layer, mask, m), None)
   return jax.lax.scan(body, x, layers_of(params))[0]
 
 
@@ -290,13 +241,8 @@ def pool(x: jax.Array, mask: jax.Array, m: EncoderConfig) -> jax.Array:
   return y
 
 
-def read_config(
-  folder: Any,
-  *,
-  pooling: str = "",
-  normalize: bool | None = None,
-  context: int = 0,
-  dtype: str = "float32",
+def read_encoder_config(
+  folder: Any, *, pooling: str = "", dtype: str = "float32"
 ) -> EncoderConfig:
   """Reads a Hugging Face or sentence-transformers folder's sizes.
 
@@ -306,9 +252,6 @@ def read_config(
   Args:
     folder: holds `config.json`; perhaps `modules.json` and what it names.
     pooling: a key of POOLINGS, to override the folder's.
-    normalize: overrides the folder's; None: the folder's.
-    context: most tokens of a row, at most what there are positions for; 0:
-      the folder's.
     dtype: of the matrix products.
 
   Raises:
@@ -322,36 +265,32 @@ def read_config(
       "encoder as transformers saves it"
     )
   try:
-    m = _with_modules(folder, _sizes(folder, dtype), pooling)
+    m = _with_modules(folder, _read_sizes(folder, dtype), pooling)
   except (KeyError, TypeError, ValueError, AttributeError) as error:
     why = f"{type(error).__name__}: {error}"
     raise DataError(
       f"{folder}: its configuration cannot be used ({why})"
     ) from error
-  if normalize is not None:
-    m = m._replace(normalize=bool(normalize))
-  m = m._replace(context=context or m.context)
   if problem := _problem(m):
     raise ConfigError(f"encoder: {problem}")
   return m
 
 
-def _sizes(folder: epath.Path, dtype: str) -> EncoderConfig:
-  """What `config.json` says."""
+def _read_sizes(folder: epath.Path, dtype: str) -> EncoderConfig:
   raw, problem = _json(folder, "config.json"), ""
   kind, known = raw.get("model_type"), ", ".join(FAMILIES)
-  positions = raw.get("position_embedding_type") or "absolute"
+  table = raw.get("position_embedding_type") or "absolute"
   if kind not in FAMILIES:
     problem = f"model_type {kind!r} is no encoder known here; known: {known}"
-  elif positions != "absolute":
-    problem = f"position_embedding_type {positions!r}, wanted 'absolute'"
+  elif table != "absolute":
+    problem = f"position_embedding_type {table!r}, wanted 'absolute'"
   elif raw.get("is_decoder"):
     problem = "is_decoder, wanted an encoder"
   if problem:
     raise ConfigError(f"{folder}/config.json: {problem}")
   # RoBERTa's first token stands after the positions of its padding.
   offset = 0 if kind == "bert" else int(raw.get("pad_token_id", 1)) + 1
-  positions = int(raw["max_position_embeddings"])
+  positions, act = int(raw["max_position_embeddings"]), raw.get("hidden_act")
   return EncoderConfig(
     layers=int(raw["num_hidden_layers"]),
     width=int(raw["hidden_size"]),
@@ -363,7 +302,7 @@ def _sizes(folder: epath.Path, dtype: str) -> EncoderConfig:
     types=int(raw.get("type_vocab_size", 2)),
     offset=offset,
     norm_eps=float(raw.get("layer_norm_eps", 1e-12)),
-    act=str(raw.get("hidden_act", "gelu")),
+    act=fields.ACTS.get(act or "gelu", str(act)),
     dtype=dtype,
   )
 
@@ -375,16 +314,13 @@ def _problem(m: EncoderConfig) -> str:
       return f"{name}={getattr(m, name)}, wanted 1 or more"
   if m.width % m.heads:
     return f"width={m.width} is no multiple of heads={m.heads}"
-  room = m.positions - m.offset
-  if m.context > room:
-    return (
-      f"a context of {m.context} tokens, but there are positions for {room}; "
-      "set embed.context"
-    )
   for name, known in (("act", ACTS), ("pooling", POOLINGS), ("dtype", DTYPES)):
     if (value := getattr(m, name)) not in known:
       return f"{name} {value!r} is unknown; known: {', '.join(known)}"
   return ""
+
+
+# sentence-transformers' files.
 
 
 def _json(folder: epath.Path, name: str) -> dict[str, Any]:
@@ -401,16 +337,18 @@ def _json(folder: epath.Path, name: str) -> dict[str, Any]:
 def _with_modules(
   folder: epath.Path, m: EncoderConfig, pooling: str
 ) -> EncoderConfig:
-  """Adds what sentence-transformers' files say, where there are any."""
   text = _json(folder, "sentence_bert_config.json")
   limit = (
     text.get("max_seq_length")  # or 1e30, where its author set none
     or _json(folder, "tokenizer_config.json").get("model_max_length")
   )
+  named = _json(folder, "config_sentence_transformers.json")
+  prompt = (named.get("prompts") or {}).get(named.get("default_prompt_name"))
   m = m._replace(
     context=int(min(limit or m.context, m.context)),
     lower=bool(text.get("do_lower_case")),
     pooling=pooling or m.pooling,
+    prompt=str(prompt or ""),
   )
   for module in _json(folder, "modules.json"):
     kind = str(module.get("type")).rpartition(".")[2]
@@ -425,9 +363,19 @@ def _with_modules(
         f"{folder}/modules.json: module {kind!r} is not known "
         "here; known: Transformer, Pooling, Normalize"
       )
-  named = _json(folder, "config_sentence_transformers.json")
-  name = named.get("default_prompt_name")
-  return m._replace(prompt=str((named.get("prompts") or {}).get(name) or ""))
+  return m
+
+
+# Their names of poolings -> ours; their flags in older files -> their names.
+_POOLING_NAMES = dict(mean="mean", cls="cls", lasttoken="last", max="max")
+_OLD_POOLING_NAMES = {
+  "pooling_mode_mean_tokens": "mean",
+  "pooling_mode_cls_token": "cls",
+  "pooling_mode_lasttoken": "lasttoken",
+  "pooling_mode_max_tokens": "max",
+  "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+  "pooling_mode_weightedmean_tokens": "weightedmean",
+}
 
 
 def _pooling(folder: epath.Path, path: str) -> str:

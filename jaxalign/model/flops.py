@@ -1,7 +1,5 @@
 """Floating-point operations of a forward pass: multiply-adds x 2."""
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from jaxalign.model.decoder import ModelConfig
@@ -44,11 +42,11 @@ def useful_flops(
   answers: np.ndarray,
   passes: tuple[int, int] = (1, 1),
 ) -> int:
-  """What passes over rows cannot do without.
+  """Of passes over rows, without padding, recomputation and embedding lookup.
 
   Every prompt token once, a query and key only where one sees the other (a
   window's queries see no further back), the head on what predicts a response
-  token; no padding, no embedding lookup.
+  token.
 
   Args:
     m: the model's sizes.
@@ -75,16 +73,6 @@ def useful_flops(
     m.layers * weights * layer_flops(m) * tokens
     + squares * 2 * 2 * m.heads * m.head_size * pairs
     + weights * 2 * m.width * m.vocab * answered
-  )
-
-
-def generate_flops(
-  m: ModelConfig, prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray]
-) -> int:
-  """Of a generation, counting each token once."""
-  return sum(
-    decoder_flops(m, len(p) + len(a), logit_rows=len(a))
-    for p, a in zip(prompts, answers)
   )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import functools
+import json
 import math
 import os
 from typing import Any, NamedTuple
@@ -17,23 +18,45 @@ from jaxalign.core.hub import resolve, resolve_settings
 from jaxalign.model import adapters, decoder, families, safetensors_io, weights
 from jaxalign.model.parameters import Params, Stored
 from jaxalign.model.safetensors_io import Checkpoint
-from jaxalign.model.weights import Export
 
 DTYPES = ("float32", "bfloat16", "float16")  # of an export
 _KEPT = ("bos_token_id", "pad_token_id")
+
+
+def _json(folder: epath.Path, name: str) -> dict[str, Any]:
+  """A file of a folder that holds a JSON object.
+
+  Raises:
+    ConfigError: there is none, or it is no JSON object.
+  """
+  if not (folder / name).exists():
+    raise ConfigError(
+      f"{folder} has no {name}; set config.model."
+      "checkpoint to a Hugging Face folder"
+    )
+  try:
+    raw = json.loads((folder / name).read_bytes())
+    if not isinstance(raw, dict):
+      raise ValueError(f"a {type(raw).__name__}, wanted an object")
+  except ValueError as error:
+    raise ConfigError(
+      f"{folder / name} is no JSON object ({error!s:.100}); set "
+      "config.model.checkpoint"
+    ) from error
+  return raw
 
 
 def raw_config(folder: Any) -> dict[str, Any]:
   """The parsed config.json of a folder, or of `hf:<repo>`.
 
   A repository that cannot be had is planned with as it was published, where
-  this code knows it; its weights are asked for later, and then it matters.
+  this code knows it; its weights are wanted later, and then it matters.
 
   Raises:
     ConfigError: there is none.
   """
   try:
-    return families.read_raw(resolve_settings(folder))
+    return _json(resolve_settings(folder), "config.json")
   except ConfigError as error:
     if str(folder) not in families.PUBLISHED:
       raise
@@ -57,8 +80,8 @@ def read_config(folder: Any, dtype: str, remat: str) -> decoder.ModelConfig:
   Raises:
     ConfigError: no config.json, or not one of a known family.
   """
-  raw = raw_config(folder)
-  return families.config_of(raw, dtype, remat, f"{folder}/config.json")
+  where = f"{folder}/config.json"
+  return families.config_of(raw_config(folder), dtype, remat, where)
 
 
 def load_folder(
@@ -67,14 +90,12 @@ def load_folder(
   mesh: jax.sharding.Mesh,
   dtype: Any = np.float32,
 ) -> Params:
-  """`weights.load` of a decoder."""
-  rows, stored = decoder.table(m), families.stored(m)
-  rule = functools.partial(families.canonical, m)
-  return weights.load(folder, rows, stored, mesh, canonical=rule, dtype=dtype)
+  """`weights.load_weights` of a decoder."""
+  return weights.load_weights(folder, families.decoder_layout(m), mesh, dtype)
 
 
 class Given(NamedTuple):
-  """What an export keeps of the checkpoint that it began from."""
+  """What an export keeps of the checkpoint that was trained."""
 
   dtype: str = "float32"  # of its weights
   config: Mapping[str, Any] = {}  # its BOS and PAD, of config.json
@@ -88,7 +109,7 @@ def given(folder: Any) -> Given:
     ConfigError: no config.json, or a file that is no JSON object.
   """
   folder = resolve(folder)
-  raw = families.read_raw(folder)
+  raw = _json(folder, "config.json")
   raw = dict(raw.get("text_config") or {}) | raw  # of a multimodal one
   dtype = str(raw.get("dtype") or raw.get("torch_dtype")).split(".")[-1]
   if dtype not in DTYPES:  # then as most of its bytes are
@@ -97,9 +118,8 @@ def given(folder: Any) -> Given:
       kind = safetensors_io.FLOATS.get(t.dtype, np.dtype(np.float32)).name
       bytes_of[kind] = bytes_of.get(kind, 0) + t.end - t.begin
     dtype = max(bytes_of, key=bytes_of.get)
-  generation = {}
-  if (folder / "generation_config.json").exists():
-    generation = families.read_json_object(folder / "generation_config.json")
+  name = "generation_config.json"
+  generation = _json(folder, name) if (folder / name).exists() else {}
   config = {n: raw[n] for n in _KEPT if raw.get(n) is not None}
   return Given(dtype, config, generation)
 
@@ -121,7 +141,7 @@ def export_folder(
     m: the model's sizes.
     tokenizer, shard_bytes: as of `weights.Export`.
     dtype: one of DTYPES, of the file; "": as `of`.
-    of: the checkpoint that it began from.
+    of: the checkpoint that was trained.
 
   Returns:
     The names of the files written (by process 0).
@@ -130,39 +150,30 @@ def export_folder(
   eos = stops if len(stops) > 1 else stops[0]
   config = families.hf_config(m, tokenizer.bos, eos, dtype)
   config |= {n: x for n, x in of.config.items() if config.get(n) is None}
-  export = Export(config, tokenizer, dtype, shard_bytes, of.generation)
-  weights.save(folder, params, decoder.table(m), families.stored(m), export)
+  export = weights.Export(config, tokenizer, dtype, shard_bytes, of.generation)
+  weights.save(folder, params, families.decoder_layout(m), export)
   return ["export"]
 
 
-def weights_file(folder: Any) -> epath.Path:
-  """`model.safetensors` of a folder, or its index.
+def digest_names(folder: Any) -> list[str]:
+  """The files, by name, that a model is read from: config, index, weights.
 
   Raises:
-    ConfigError: neither is there.
+    ConfigError: it has no weights.
   """
-  folder = resolve(folder)
-  return folder / safetensors_io.weights_files(folder)[0]
-
-
-def digest_names(folder: Any) -> list[str]:
-  """The files, by name, that a model is read from: config, index, weights."""
   return ["config.json", *safetensors_io.weights_files(resolve(folder))]
-
-
-# Adapters, as a folder that Hugging Face's `peft` loads onto the base.
 
 
 def save_adapters(
   folder: Any, params: Params, m: decoder.ModelConfig, base: str = ""
 ) -> None:
-  """Writes the adapters; all processes call it, process 0 writes.
+  """Writes the adapters as Hugging Face's `peft` loads them onto the base.
 
-  ALLoRA and LoRA-SB are a plain LoRA by then: the scale is 1 where it was,
-  and R is folded into B. Where the family fuses several of our weights into
-  one (GPT-NeoX's query_key_value), the fused module's adapter holds theirs
-  side by side: its A is their A above each other, its B is 0 but for each
-  one's own rows, its rank is the sum.
+  All processes call it, process 0 writes. ALLoRA and LoRA-SB are a plain LoRA
+  by then: the scale is 1 where it was, and R is folded into B. Where the family
+  fuses several of our weights into one (GPT-NeoX's query_key_value), the fused
+  module's adapter holds theirs side by side: its A is their A above each other,
+  its B is 0 but for each one's own rows, its rank is the sum.
 
   Args:
     folder: made where it is not there.
@@ -177,7 +188,7 @@ def save_adapters(
     return
   folder = epath.Path(folder)
   modules: dict[str, list[tuple[str, Stored]]] = {}
-  stored = families.stored(m)
+  stored = families.decoder_layout(m).stored
   for name in adapters.targets(m.lora, stored):
     modules.setdefault(stored[name].name, []).append((name, stored[name]))
   tensors = {}
@@ -187,8 +198,8 @@ def save_adapters(
       at = "base_model.model." + module.format(layer).removesuffix(".weight")
       tensors[f"{at}.lora_A.weight"] = np.ascontiguousarray(a[layer])
       tensors[f"{at}.lora_B.weight"] = np.ascontiguousarray(b[layer])
-  with safetensors_io.atomic([folder / "adapter_model.safetensors"]) as (path,):
-    path.write_bytes(safetensors.numpy.save(tensors, {"format": "pt"}))
+  data = safetensors.numpy.save(tensors, {"format": "pt"})
+  disk.write_bytes(folder / "adapter_model.safetensors", data)
   lora = m.lora
   alpha = lora.rank if lora.variant == "allora" else lora.alpha
   rs = lora.rs and lora.variant != "allora"

@@ -33,14 +33,9 @@ class Arm(NamedTuple):
   def label(self) -> str:
     """What its seeds share: "isa-0.1"; the whole pool is called "all"."""
     name = self.sampler.replace(":", ".").replace("|", "-then-")
-    name = (
-      "all"
-      if self.is_all
-      else re.sub(r"[^\w.,=()+-]", "", name.replace("*", "-x-"))
-    )
-    return f"{name}-{self.budget:g}" + (
-      f"-as-{self.like:g}" if self.like else ""
-    )
+    name = re.sub(r"[^\w.,=()+-]", "", name.replace("*", "-x-"))
+    like = f"-as-{self.like:g}" if self.like else ""
+    return f"{'all' if self.is_all else name}-{self.budget:g}{like}"
 
   @property
   def name(self) -> str:
@@ -59,7 +54,7 @@ class Job:
   A class because it caches what is costly to load (tokens, the reference).
   """
 
-  force = False  # whether a job that should not fit is tried all the same
+  force = False  # whether a job that should not fit is tried anyway
 
   def __init__(
     self,
@@ -122,17 +117,17 @@ class Job:
     else:
       folder = self.folder(stage, arm) if folder is None else folder
       how = self.described[name] = self.describe(stage, arm)
-      record = artifacts.run(folder, name, how, make)
+      record = artifacts.run_stage(folder, name, how, make)
     for warning in record.result.get("warnings", ()):
       progress.say(f"  warning: {warning}")
     self.records[arm.name if kind.of_arm else "", name] = record
     return record
 
   def begin(self, name: str, result: dict[str, Any]) -> bool:
-    """Marks a shared stage as begun, see `artifacts.begin`."""
+    """Marks a shared stage as begun, see `artifacts.begin_stage`."""
     stage = self.stages[name]
     how = self.describe(stage)
-    return artifacts.begin(self.folder(stage), name, how, result)
+    return artifacts.begin_stage(self.folder(stage), name, how, result)
 
   def made_of(self, name: str) -> dict[str, Any]:
     """The fields and inputs of a shared stage, flat."""
@@ -148,22 +143,18 @@ class Job:
   @functools.cached_property
   def most(self) -> int:
     """The longest row that the model can take, in tokens."""
-    c = self.c.model
-    own = (
-      hf.read_config(c.checkpoint, c.dtype, c.remat).context
-      if c.checkpoint
-      else c.context or prepare.own_context(self.c)
-    )
+    own = self.c.model.context or prepare.own_context(self.c)
+    if self.c.model.checkpoint:
+      own = given_model(self.c).context
     prepare.context_of(self.c, own)
     return own
 
   @functools.cached_property
   def context(self) -> int:
-    """The longest row of this job: as asked for, or as the data stage chose."""
-    return (
-      prepare.context_of(self.c, self.most)
-      or disk.read_json(self.shared / "data" / "data_summary.json")["context"]
-    )
+    """The longest row of this job: configured, or the data stage's choice."""
+    if context := prepare.context_of(self.c, self.most):
+      return context
+    return disk.read_json(self.shared / "data" / "data_summary.json")["context"]
 
   @property
   def kind(self) -> str:
@@ -178,9 +169,8 @@ class Job:
   @functools.cached_property
   def model(self) -> decoder.ModelConfig:
     """The sizes of the reference."""
-    c = self.c.model
-    if c.checkpoint:
-      m = hf.read_config(c.checkpoint, c.dtype, c.remat)
+    if self.c.model.checkpoint:
+      m = given_model(self.c)
       m = m._replace(context=self.context, positions=m.context)
     else:
       m = sizes(self.c, self.tokenizer.vocab_size)
@@ -216,19 +206,15 @@ class Job:
   @functools.cached_property
   def reference(self) -> decoder.Params:
     """The frozen reference's parameters, on the mesh."""
-    dtype = np.dtype(self.c.model.param_dtype)
-    if self.c.model.checkpoint:
-      return hf.load_folder(
-        self.c.model.checkpoint, self.model, self.mesh, dtype
-      )
-    params = restore_params(
-      self.shared / "sft" / "checkpoints",
-      decoder.abstract(self.model, self.mesh),
-    )
+    c, dtype = self.c.model, np.dtype(self.c.model.param_dtype)
+    if c.checkpoint:
+      return hf.load_folder(c.checkpoint, self.model, self.mesh, dtype)
+    abstract = decoder.abstract(self.model, self.mesh)
+    params = restore_params(self.shared / "sft" / "checkpoints", abstract)
     return {n: x.astype(dtype) for n, x in params.items()}
 
   def release_reference(self) -> None:
-    """Lets go of the reference's weights; who asks next reads them again."""
+    """Frees the reference's weights; they are read again when needed."""
     self.__dict__.pop("reference", None)
 
 
@@ -251,6 +237,11 @@ def kernel_of(c: Any, m: decoder.ModelConfig, mesh: Any) -> str:
     softcap=m.softcap,
     length=m.context,
   )
+
+
+def given_model(c: Any) -> decoder.ModelConfig:
+  """The model of config.model.checkpoint, its own context."""
+  return hf.read_config(c.model.checkpoint, c.model.dtype, c.model.remat)
 
 
 def sizes(c: Any, vocab: int) -> decoder.ModelConfig:

@@ -1,6 +1,6 @@
 """Log-probabilities of given tokens, by heads that hold more or fewer logits.
 
-Every head answers log softmax(x . weight)[target], in float32: products
+Every head computes log softmax(x . weight)[target], in float32: products
 accumulate and leave in float32 (pitfall: bfloat16 logits cost 0.3 nat per 300
 tokens). `whole` is the definition; `by_positions` and `by_vocabulary` never
 hold [B, L, V], and compute their scores again in the backward pass.
@@ -71,7 +71,7 @@ def by_positions(
 def _rows(x, *shape):
   """Reshapes what is behind the rows, which stay where they are."""
   rows = jax.typeof(x).sharding.spec[0]
-  # Said outright: of one row alone, jax forgets over what it was cut.
+  # Explicit, since of one row alone jax forgets over what it was cut.
   where = jax.P(rows, *(None,) * len(shape)) if rows else None
   return jnp.reshape(x, (x.shape[0], *shape), out_sharding=where)
 
@@ -96,16 +96,14 @@ def by_vocabulary(
   own = vocab // parts
   steps = min(own, -(-length // min(chunk, length)))
   size = -(-own // steps)
-  cut = lambda y, *shape: jnp.reshape(
-    y,
-    (parts, *shape),
-    out_sharding=jax.P(axis, *(None,) * len(shape), reduced=spec.reduced)
-    if axis
-    else None,
-  )
-  cuts = jnp.pad(
-    cut(weight, own, width), ((0, 0), (0, steps * size - own), (0, 0))
-  )
+
+  def cut(y, *shape):
+    where = jax.P(axis, *(None,) * len(shape), reduced=spec.reduced)
+    where = where if axis else None
+    return jnp.reshape(y, (parts, *shape), out_sharding=where)
+
+  padding = (0, 0), (0, steps * size - own), (0, 0)
+  cuts = jnp.pad(cut(weight, own, width), padding)
   cuts = cut(cuts, steps, size, width).swapaxes(0, 1)
   # The cast back stands inside the loop, which so sums slopes in float32.
   large, dtype = x.astype(wide(x)), x.dtype
@@ -113,25 +111,23 @@ def by_vocabulary(
   @jax.checkpoint
   def one(carry, weights, step):
     total, hit = carry
-    scores = decoder.logits(
-      large.astype(dtype), weights, softcap
-    )  # [B, L, p, c]
-    at = step * size + jnp.arange(size)  # in a device's part
+    # [B, L, parts, size]
+    scores = decoder.logits(large.astype(dtype), weights, softcap)
+    at = step * size + jnp.arange(size)  # in a device's own rows
     real = at < own  # what fills the last chunk is no token
-    ids = jnp.where(
-      real[None, :], at[None, :] + (own * jnp.arange(parts)[:, None]), -1
-    )
+    inside = real[None, :]
+    ids = at[None, :] + (own * jnp.arange(parts)[:, None])
+    ids = jnp.where(inside, ids, -1)
     scores = jnp.where(real[None, None, None, :], scores, LOW)
     here = ids[None, None] == target[..., None, None]
     hit = hit + jnp.sum(jnp.where(here, scores, 0.0), axis=(2, 3))
     total = jnp.logaddexp(total, jax.nn.logsumexp(scores, axis=(2, 3)))
     return total, hit
 
-  # Laid as the targets are.
-  start = jnp.zeros_like(target, wide(x))
+  zeros = jnp.zeros_like(target, wide(x))  # laid as the targets are
   (total, hit), _ = jax.lax.scan(
     lambda carry, each: (one(carry, *each), None),
-    (start + LOW, start),
+    (zeros + LOW, zeros),
     (cuts, jnp.arange(steps)),
   )
   return hit - total
@@ -150,24 +146,18 @@ def token_logps(
   softcap: float = 0.0,
   head: Callable[..., jax.Array] = by_positions,
 ) -> jax.Array:
-  """log p(tokens[:, t+1] | tokens[:, :t+1]) for every t, in float32.
+  """[B, L] float32 nats of every token after those before it; entry 0 is 0.
 
-  Args:
-    x: [B, L, D] hidden states after the final norm.
-    weight: [V, D] output matrix, as from `decoder.head`.
-    tokens: [B, L] ids.
-    chunk: positions a step.
-    softcap: `ModelConfig.final_softcap`.
-    head: `whole`, `by_positions` or `by_vocabulary`.
-
-  Returns:
-    [B, L] float32 nats; the entry at t is of token t, entry 0 is 0.
+  `x`, `weight`, `chunk` and `softcap` are as of `head`: `whole`,
+  `by_positions` or `by_vocabulary`.
   """
   each = head(x, weight, next_tokens(tokens), chunk, softcap)
   return jnp.pad(each[:, :-1], ((0, 0), (1, 0)))
 
 
-def sums(logps: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+def masked_sums(
+  logps: jax.Array, mask: jax.Array
+) -> tuple[jax.Array, jax.Array]:
   """Masked sum [B] float32 and count [B] float32 of [B, L] log-probs."""
   mask = mask.astype(wide(logps))
   return jnp.sum(logps * mask, axis=-1), jnp.sum(mask, axis=-1)

@@ -1,4 +1,4 @@
-"""What a job holds, of a device and of a host, told before it compiles."""
+"""What a job holds, of a device and of a host, before anything compiles."""
 
 import math
 import os
@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from jaxalign.core import sharding
 from jaxalign.core.devices import GIB, memory_of
 from jaxalign.core.errors import ConfigError
-from jaxalign.model import decoder
+from jaxalign.model import adapters, decoder
 from jaxalign.model.decoder import ModelConfig
 from jaxalign.model.parameters import layers_of
 
 MIB = 2**20
-# What a job on a CPU holds beside its arrays, above an interpreter that has
+# What a job on a CPU holds besides its arrays, above an interpreter that has
 # started jax: libraries, tables and texts; what the compiler leaves behind, and
 # with every arm once more (measured by tools/job_checks.py memory).
 LIBRARIES, PROGRAMS, PROGRAMS_AN_ARM = 240 * MIB, 650 * MIB, 60 * MIB
@@ -33,11 +33,6 @@ class StepShape(NamedTuple):
   moments: int = 2  # what the optimizer keeps, see `optim.MOMENTS`
   packed: int = 0  # tokens of a packed micro-batch; 0: it is padded
 
-  def tokens(self, parts: int) -> int:
-    """Of one of `parts` devices, the rows whole."""
-    padded = -(-self.rows // parts) * self.length
-    return -(-self.packed // parts) or padded
-
 
 def train_step(m: ModelConfig, mesh: Any, shape: StepShape) -> dict[str, int]:
   """Bytes a device of one train step, by what they hold.
@@ -50,16 +45,16 @@ def train_step(m: ModelConfig, mesh: Any, shape: StepShape) -> dict[str, int]:
     Compiled for TPU with padded rows (tools/aot.py), gradients and estimates
     together were between 1 % below and 28 % above what the compiler set aside.
   """
-  held = trained = 0
-  for name, p in decoder.table(m).items():
+  table, numbers = decoder.table(m), {True: 0, False: 0}
+  for name, p in table.items():
     cut = math.prod(sharding.parts(mesh, a) for a in p.axes if a)
-    numbers = math.prod(p.shape) // cut
-    moves = m.lora is None or name[-2:] in (":a", ":b", ":r")
-    held += (4 if moves else shape.frozen_size) * numbers
-    trained += 4 * numbers if moves else 0
+    moves = m.lora is None or adapters.is_adapter(name)
+    numbers[moves] += math.prod(p.shape) // cut
+  trained, frozen = numbers[True], numbers[False]
   batch, tensor = sharding.parts(mesh, "batch"), sharding.parts(mesh, "heads")
-  size = jnp.dtype(m.dtype).itemsize
-  tokens, length = shape.tokens(batch), shape.length
+  size, length = jnp.dtype(m.dtype).itemsize, shape.length
+  rows = -(-shape.rows // batch)  # of a device, whole
+  tokens = -(-shape.packed // batch) or rows * length
   heads, ff = m.heads * m.head_size, (2 + m.gated) * m.ff
   dots = (2 * heads + (1 + m.gated) * m.ff) // tensor
   per_token = {
@@ -74,39 +69,32 @@ def train_step(m: ModelConfig, mesh: Any, shape: StepShape) -> dict[str, int]:
   scores = m.heads // tensor * length if whole else 0
   activations = m.layers * tokens * per_token[m.remat] * size
   # Whole weights of one layer, and their gradients in float32.
-  rows = layers_of(decoder.table(m)).values()
-  numbers = sum(math.prod(p.shape[1:]) for p in rows)
-  layer = (size + 4) * numbers // tensor
+  layers = layers_of(table).values()
+  layer = (size + 4) * sum(math.prod(p.shape[1:]) for p in layers) // tensor
   if m.remat == "none":
     activations += m.layers * tokens * 2 * 4 * scores
   else:
     layer += tokens * (per_token["none"] * size + scores * (4 + size))
-  local = -(-shape.rows // batch)
-  logits = 2 * 4 * local * min(shape.chunk, length) * m.vocab // tensor
-  head = _head_bytes(m, size, shape.frozen_size) * m.vocab * m.width // tensor
+  logits = 2 * 4 * rows * min(shape.chunk, length) * m.vocab // tensor
+  # Of a number of the output matrix while the head runs backward. A trained
+  # one is there whole in float32, the master that every chunk of positions
+  # reads, with its gradient, a sum over the chunks in float32; where products
+  # are narrower, in their dtype, too, gathered and laid out once more for the
+  # product. With adapters there is no gradient: the frozen one and its other
+  # layout. (So the compiler held Qwen3's and Gemma 3's.)
+  each = shape.frozen_size + size
+  if m.lora is None:
+    each = 4 + 4 + (2 * size if size < 4 else 0)
+  head = each * m.vocab * m.width // tensor
   head += 2 * 4 * tokens * m.width  # what it reads and its slope, float32
   return dict(
-    parameters=held,
-    gradients=trained,
-    optimizer=shape.moments * trained,
+    parameters=4 * trained + shape.frozen_size * frozen,
+    gradients=4 * trained,
+    optimizer=4 * shape.moments * trained,
     activations=activations,
     logits=logits,
     workspace=max(layer - logits, head),
   )
-
-
-def _head_bytes(m, size, frozen_size):
-  """Bytes of a number of the output matrix while the head runs backward.
-
-  A trained one is there whole in float32, the master that every chunk of
-  positions reads, beside its gradient, a sum over the chunks in float32; where
-  products are narrower, in their dtype, too, gathered and laid out once more
-  for the product. With adapters there is no gradient: the frozen one and its
-  other layout. (So the compiler held Qwen3's and Gemma 3's.)
-  """
-  if m.lora is not None:
-    return frozen_size + size
-  return 4 + 4 + (2 * size if size < 4 else 0)
 
 
 def on_host(
@@ -123,11 +111,9 @@ def on_host(
   rows, whichever is more.
 
   Args:
-    m: the model's sizes.
-    mesh: the mesh.
-    shape: of the train step, of its largest micro-batch.
+    m, mesh, shape: as of `train_step`; of its largest micro-batch.
     tile: rows that a device runs at once where there is no gradient.
-    reference: whether its weights stay beside a policy that is trained whole.
+    reference: whether its weights stay while a policy is trained whole.
     arms: trained one after the other.
   """
   own = mesh.devices.flat[0].process_index
@@ -168,13 +154,11 @@ def available() -> int | None:
     except OSError:
       return ""
 
-  line = r"^MemAvailable:\s+(\d+) kB"
-  free = re.findall(line, text("/proc/meminfo"), re.MULTILINE)
-  free = [int(x) * 1024 for x in free]
-  groups = re.findall(
-    r"^\d+:(.*?):(/.*)$", text("/proc/self/cgroup"), re.MULTILINE
-  )
-  for controllers, path in groups:
+  line, group = r"^MemAvailable:\s+(\d+) kB", r"^\d+:(.*?):(/.*)$"
+  found = re.findall(line, text("/proc/meminfo"), re.MULTILINE)
+  free = [int(x) * 1024 for x in found]
+  groups = text("/proc/self/cgroup")
+  for controllers, path in re.findall(group, groups, re.MULTILINE):
     root, names = "/sys/fs/cgroup", ("memory.max", "memory.current")
     if controllers:  # the first version of control groups
       if "memory" not in controllers.split(","):
@@ -198,7 +182,7 @@ def check_host(
 
   Raises:
     ConfigError: not even the weights, their gradients and moments and half of
-      the estimates fit, and nobody forces it.
+      the estimates fit, and `force` is not set.
   """
   planned = sum(held.values())
   if free is None or planned <= free:
@@ -212,23 +196,21 @@ def check_host(
     "config.train.accumulation, config.model.remat='full', "
     "config.lora.rank"
   )
-  if _surely(held, *_STATE, "reference", "libraries") > free and not force:
-    raise ConfigError(f"{found}; set {helps}; --force tries all the same")
+  if _certain(held, *_STATE, "reference", "libraries") > free and not force:
+    raise ConfigError(f"{found}; set {helps}; --force tries anyway")
   return f"warning: {found}; {helps} take less"
 
 
-def _surely(held: dict[str, int], *certain: str) -> int:
+def _certain(held: dict[str, int], *names: str) -> int:
   """What is certain, and half of the estimates."""
-  sure = sum(held.get(n, 0) for n in certain)
-  return sure + (sum(held.values()) - sure) // 2
+  certain = sum(held.get(n, 0) for n in names)
+  return certain + (sum(held.values()) - certain) // 2
 
 
 def words(held: dict[str, int]) -> str:
   """ "parameters 1.0 MiB, ...; together 3.2 MiB"."""
-  together = sum(held.values())
-  unit, name = (GIB, "GiB") if together >= GIB else (MIB, "MiB")
-  each = ", ".join(f"{k} {v / unit:,.1f}" for k, v in held.items())
-  return f"{each}; together {together / unit:,.1f} {name}"
+  each = ", ".join(f"{name} {size(count)}" for name, count in held.items())
+  return f"{each}; together {size(sum(held.values()))}"
 
 
 def size(count: int) -> str:
@@ -246,13 +228,12 @@ def check_fits(held: dict[str, int], device: Any, force: bool = False) -> None:
   estimates (they were up to 28 % above the compiler's own).
   """
   memory = memory_of(device)
-  if memory is None or _surely(held, *_STATE) <= memory or force:
+  if memory is None or _certain(held, *_STATE) <= memory or force:
     return
   raise ConfigError(
-    f"training needs about {sum(held.values()) / GIB:,.1f} GiB a device "
-    f"({words(held)}), a {device.device_kind} has {memory / GIB:,.1f} GiB; "
+    f"training needs about {size(sum(held.values()))} a device "
+    f"({words(held)}), a {device.device_kind} has {size(memory)}; "
     "raise config.mesh.fsdp or tensor (more devices), "
     "config.train.accumulation, set config.model.remat='full', a smaller "
-    "config.model.head_chunk, or config.lora.rank; --force tries all the "
-    "same"
+    "config.model.head_chunk, or config.lora.rank; --force tries anyway"
   )

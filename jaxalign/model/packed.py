@@ -3,14 +3,13 @@
 The dense layers see every token once. For attention there are two ways.
 Copies, for any kernel and any window: queries, keys and values are copied into
 the ordinary layout, prompt + chosen and prompt + rejected as segments of their
-own, and what comes out is copied back; both directions and both gradients are
+own, and the result is copied back; both directions and both gradients are
 gathers, since a token has two copies at most.
-Tiles, where no fused kernel is, on a CPU: a query of an answer sees its prompt
-and its own answer, so most tiles of the square [T, T] are empty. The others are
-listed on the host; a loop goes over them and keeps a running softmax (Milakov
+Tiles, where there is no fused kernel, on a CPU: a query of an answer sees its
+prompt and its own answer, so most tiles of the square [T, T] are empty. The
+others are listed on the host; a loop over them keeps a running softmax (Milakov
 and Gimelshein 2018; Dao et al. 2022), so that no scores are held and the
-prompt's are computed once. The loop's length is data: no shape is compiled
-for it.
+prompt's are computed once. The loop's length is data, no shape depends on it.
 """
 
 import functools
@@ -41,8 +40,8 @@ class Tiles(NamedTuple):
 class Copies(NamedTuple):
   """Where the copies of S dense rows of T tokens lie.
 
-  Beside a dense row stand a attention rows of l slots each. Indices count
-  within one dense row and its a * l slots, end to end.
+  A dense row has a attention rows of l slots each. Indices count within one
+  dense row and its a * l slots, end to end.
   """
 
   token: jax.Array  # [S, a, l] int32: the token in a slot, 0 in an empty one
@@ -53,7 +52,7 @@ class Copies(NamedTuple):
 
 
 class PackedSeen(NamedTuple):
-  """`Copies` as the layers read them."""
+  """`Copies` as the layers read them, made once for all by `see_packed`."""
 
   token: jax.Array  # [S, a * l]
   first: jax.Array  # [S, T]
@@ -64,7 +63,7 @@ class PackedSeen(NamedTuple):
 
 
 def _flag(flag, x):
-  """[n] beside [n, ...]."""
+  """[n] with as many axes as x [n, ...]."""
   return flag.reshape(flag.shape + (1,) * (x.ndim - 1))
 
 
@@ -80,11 +79,7 @@ def copy_out(
 ) -> jax.Array:
   """x[at] for x [n, ...], at [m]; slots of at that nothing names get no slope.
 
-  Args:
-    x: rows to copy.
-    at: the row of each copy.
-    first: [n] a row's copy; -1: none.
-    second: [n] its other copy; -1: none.
+  Row i of x has its copies at slots first[i] and second[i]; -1: none.
   """
   del first, second
   return x.at[at].get(mode="promise_in_bounds")
@@ -145,10 +140,7 @@ def see_packed(
 ) -> PackedSeen:
   """Positions and segments of the attention rows, once for all layers.
 
-  Args:
-    copies: where they lie.
-    position: [S, T] int32, of the tokens.
-    place: as of `attend_packed`.
+  `position` [S, T] int32 is of the tokens.
   """
   s, a, l = copies.token.shape
   token, flat = _shaped(copies.token, (s, a * l)), ("batch", None)
@@ -157,9 +149,8 @@ def see_packed(
   at = _shaped(at, (s * a, l))
   segment = _shaped(copies.segment, (s * a, l))
   seen = Seen(at, at, segment, segment)
-  return PackedSeen(
-    token, copies.first, copies.second, seen, copies.tiles, position
-  )
+  first, second = copies.first, copies.second
+  return PackedSeen(token, first, second, seen, copies.tiles, position)
 
 
 def attend_packed(
@@ -174,17 +165,14 @@ def attend_packed(
   """`attention.attend` of packed tokens.
 
   Args:
-    q: [S, T, G, Q, C].
-    k: [S, T, G, C].
-    v: [S, T, G, C].
+    q: [S, T, G, Q, C]; k and v [S, T, G, C].
     packed: as from `see_packed`.
-    spec: as of `attention.attend`; the kernel "tiles" makes no copies.
-    kind: as of `attention.attend`.
+    spec, kind: as of `attention.attend`; the kernel "tiles" makes no copies.
     place: `sharding.SPREAD`, under jit on the mesh.
 
   Returns:
-    [S, T, G, Q, C]; of a prompt token what its first copy saw (the second saw
-    the same), of padding 0 (or, of tiles, any finite value).
+    [S, T, G, Q, C]; of a prompt token the value of its first copy (the second's
+    is the same), of padding 0 (or, of tiles, any finite value).
   """
   if spec.kernel == "tiles":
     return _attend_tiles(q, k, v, packed, spec, kind, place)
@@ -208,9 +196,6 @@ def _shaped(x, shape):
   behind = spec[2:] if x.ndim == len(shape) and x.ndim > 2 else ()
   front = (None,) * (len(shape) - 1 - len(behind))
   return jnp.reshape(x, shape, out_sharding=jax.P(spec[0], *front, *behind))
-
-
-# Tiles.
 
 
 def _tile(x, i):

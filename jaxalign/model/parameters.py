@@ -4,7 +4,7 @@ Init, shardings, restore, import and export all map over a table, so a model
 is one function that returns one and one forward pass over its names.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import math
 from typing import Any, NamedTuple
 
@@ -46,6 +46,27 @@ class Stored(NamedTuple):
     """A tensor that is the parameter as it stands."""
     return cls(name, shape, shape, tuple(range(len(shape))))
 
+  @classmethod
+  def flat(cls, name: str, *view: int) -> "Stored":
+    """A tensor of one axis that has several here."""
+    return cls(name, (math.prod(view),), view, tuple(range(len(view))))
+
+  @classmethod
+  def linear(cls, name: str, shape: tuple[int, ...], inputs: int) -> "Stored":
+    """A matrix [out, in], ours of `shape` with `inputs` input axes in front."""
+    into, out = shape[:inputs], shape[inputs:]
+    order = (*range(len(out), len(shape)), *range(len(out)))
+    return cls(name, (math.prod(out), math.prod(into)), (*out, *into), order)
+
+
+class Layout(NamedTuple):
+  """A model's parameters, and how a Hugging Face checkpoint holds them."""
+
+  rows: Mapping[str, Param]
+  stored: Mapping[str, Stored]
+  # a file's name of a tensor -> the name in `stored`; None: knowingly not read
+  rename: Callable[[str], str | None] = lambda name: name
+
 
 def count(rows: Mapping[str, Param]) -> int:
   """Number of parameters."""
@@ -61,49 +82,57 @@ def check_mesh(rows: Mapping[str, Param], mesh: jax.sharding.Mesh) -> None:
   """Raises ConfigError where an axis does not divide over the mesh."""
   for name, p in rows.items():
     for size, axis in zip(p.shape, p.axes):
-      parts = sharding.parts(mesh, axis)
-      if size % parts:
+      if size % (parts := sharding.parts(mesh, axis)):
         raise ConfigError(
           f"{name}: its axis {axis!r} of {size} does not divide into "
           f"{parts} parts; change the model's size or config.mesh"
         )
 
 
+def normal(key: jax.Array, p: Param) -> jax.Array:
+  """The first values of one parameter, float32."""
+  if p.scale == 0:
+    return jnp.full(p.shape, p.constant, jnp.float32)
+  return p.scale * jax.random.normal(key, p.shape)
+
+
 def init_params(
-  key: jax.Array, rows: Mapping[str, Param], mesh: jax.sharding.Mesh
+  key: jax.Array,
+  rows: Mapping[str, Param],
+  draw: Callable[[jax.Array, Param], jax.Array] = normal,
 ) -> Params:
-  """Draws the parameters in float32, each straight onto its shards."""
-  specs = {n: sharding.named(mesh, *p.axes).spec for n, p in rows.items()}
+  """Draws every row with a key of its own, straight onto the current mesh."""
+  specs = {n: sharding.spec(*p.axes) for n, p in rows.items()}
 
-  def one(key, p):
-    if p.scale == 0:
-      return jnp.full(p.shape, p.constant, jnp.float32)
-    return p.scale * jax.random.normal(key, p.shape)
-
-  def draw(key):
+  def run(key):
     keys = jax.random.split(key, len(rows))
-    return {n: one(k, p) for k, (n, p) in zip(keys, sorted(rows.items()))}
+    return {n: draw(k, p) for k, (n, p) in zip(keys, sorted(rows.items()))}
 
   # auto_axes: the draw has no operand whose sharding could be propagated.
-  return jax.jit(jax.sharding.auto_axes(draw, out_sharding=specs))(key)
+  return jax.jit(jax.sharding.auto_axes(run, out_sharding=specs))(key)
 
 
 def abstract_params(
-  rows: Mapping[str, Param], mesh: jax.sharding.Mesh, dtype: Any = jnp.float32
-) -> Params:
-  """Shapes and shardings of the parameters, for restore and compile."""
+  rows: Mapping[str, Param], mesh: jax.sharding.Mesh
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes and shardings of float32 parameters, for restore and compile."""
+  place = {n: sharding.named_sharding(mesh, *p.axes) for n, p in rows.items()}
+  return {
+    n: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=place[n])
+    for n, p in rows.items()
+  }
 
-  def one(p):
-    where = sharding.named(mesh, *p.axes)
-    return jax.ShapeDtypeStruct(p.shape, dtype, sharding=where)
 
-  return {name: one(p) for name, p in rows.items()}
+def by_row(mesh: jax.sharding.Mesh, rows: Mapping[str, Param], fn: Callable):
+  """Jits `fn(params, rows, shared) -> rows`, see `sharding.per_row`."""
+  axes = {n: p.axes for n, p in rows.items()}
+  return jax.jit(sharding.per_row(mesh, fn, axes))
 
 
 def wide(*values: Any) -> Any:
   """The dtype of sums over `values`: float32, or float64 where one is that.
 
-  Float64 is for tests beside a peer, under jax's x64 mode with a ModelConfig
-  whose dtype is "float64"; no job runs in it, so no config may name it.
+  Float64 is for comparisons with a peer, under jax's x64 mode with a
+  ModelConfig whose dtype is "float64"; no config may name it.
   """
   return jnp.result_type(jnp.float32, *values)

@@ -34,6 +34,10 @@ FLOATS = {
 }
 _UNREADABLE = (ValueError, TypeError, AttributeError, KeyError, RecursionError)
 _MOST_HEADER = 100_000_000  # bytes, as in the format's own reader
+_CONVERT = (
+  "a pickle, which can run code: convert it with transformers' "
+  "save_pretrained, which writes safetensors, where you trust it"
+)
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _LOCAL, _REMOTE = 1 << 20, 1 << 23  # bytes looked at in one go
 _GAP = 1 << 20  # bytes that are rather skipped than read
@@ -51,7 +55,7 @@ class Tensor(NamedTuple):
   end: int
 
 
-def shown(name: Any) -> str:
+def printable(name: Any) -> str:
   """A stranger's name as it may stand in a line of error."""
   name = str(name)
   name = name if name.isprintable() else ascii(name)
@@ -64,14 +68,18 @@ def listed(problems: Sequence[str]) -> str:
   return "; ".join(problems[:20]) + more
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _parse(text: bytes) -> dict[str, Any]:
   """A JSON object, each of whose names stands in it once."""
-  out = dict(pairs)
-  if len(out) < len(pairs):
-    names = [n for n, _ in pairs]
-    twice = next(n for n in names if names.count(n) > 1)
-    raise ValueError(f"{shown(twice)} is named twice")
-  return out
+
+  def once(pairs):
+    out = dict(pairs)
+    if len(out) < len(pairs):
+      names = [n for n, _ in pairs]
+      twice = next(n for n in names if names.count(n) > 1)
+      raise ValueError(f"{printable(twice)} is named twice")
+    return out
+
+  return json.loads(text.decode(), object_pairs_hook=once)
 
 
 def read_header(path: epath.Path) -> dict[str, Tensor]:
@@ -88,9 +96,9 @@ def read_header(path: epath.Path) -> dict[str, Tensor]:
       wants = int.from_bytes(f.read(8), "little")
       if not 0 < wants <= min(size - 8, _MOST_HEADER):
         raise ValueError(f"header of {wants:,} bytes in a file of {size:,}")
-      header = json.loads(f.read(wants).decode(), object_pairs_hook=_once)
-    header.pop("__metadata__", None)
-    for name, info in header.items():
+      rows = _parse(f.read(wants))
+    rows.pop("__metadata__", None)
+    for name, info in rows.items():
       begin, end = (8 + wants + int(x) for x in info["data_offsets"])
       if end > size:
         raise ValueError(f"{name} ends at byte {end:,} of {size:,}")
@@ -98,7 +106,9 @@ def read_header(path: epath.Path) -> dict[str, Tensor]:
       tensors[name] = Tensor(path, str(info["dtype"]), shape, begin, end)
   except (safetensors.SafetensorError, *_UNREADABLE) as error:
     why = str(error).removeprefix("Error while deserializing header: ")
-    raise DataError(f"{path} is damaged or cut short: {shown(why)}") from error
+    raise DataError(
+      f"{path} is damaged or cut short: {printable(why)}"
+    ) from error
   return tensors
 
 
@@ -111,41 +121,30 @@ def weights_files(folder: epath.Path) -> list[str]:
   """
   if _is_file(folder / FILE):
     return [_inside(folder, FILE).name]
-  if not _is_file(folder / INDEX):
-    found = sorted(p.name for p in folder.iterdir()) if folder.exists() else []
-    pickles = [n for n in found if n.endswith(_PICKLES)]
-    hint = (
-      f"; {shown(pickles[0])} is a pickle, which can run code: convert "
-      "it with transformers' save_pretrained, which writes safetensors, "
-      "where you trust it"
-      if pickles
-      else ""
-    )
-    raise ConfigError(f"{folder} has no {FILE} and no {INDEX}{hint}")
-  return [INDEX, *sorted(set(_read_index(folder).values()))]
+  if _is_file(folder / INDEX):
+    return [INDEX, *sorted(set(_read_index(folder).values()))]
+  names = sorted(p.name for p in folder.iterdir()) if folder.exists() else []
+  pickles = [n for n in names if n.endswith(_PICKLES)]
+  hint = f"; {printable(pickles[0])} is {_CONVERT}" if pickles else ""
+  raise ConfigError(f"{folder} has no {FILE} and no {INDEX}{hint}")
 
 
 def _read_index(folder: epath.Path) -> dict[str, str]:
   """Tensor name -> file name, each a plain file of the folder."""
   path = _inside(folder, INDEX)
   try:
-    raw = json.loads(path.read_bytes().decode(), object_pairs_hook=_once)
-    where = {str(n): operator.add("", f) for n, f in raw["weight_map"].items()}
+    found = _parse(path.read_bytes())["weight_map"]
+    where = {str(n): operator.add("", file) for n, file in found.items()}
   except _UNREADABLE as error:
     raise DataError(
       f"{path} is damaged: it is no index of tensors "
-      f"({type(error).__name__}: {shown(error)})"
+      f"({type(error).__name__}: {printable(error)})"
     ) from error
-  missing = []
-  for name in sorted(set(where.values())):
+  names = sorted(set(where.values()))
+  for name in names:
     if name.endswith(_PICKLES):
-      raise DataError(
-        f"{path} names {shown(name)}, a pickle, which can run "
-        "code: convert it with transformers' save_pretrained, "
-        "where you trust it"
-      )
-    if not _is_file(_inside(folder, name)):
-      missing.append(shown(name))
+      raise DataError(f"{path} names {printable(name)}, {_CONVERT}")
+  missing = [printable(n) for n in names if not _is_file(_inside(folder, n))]
   if missing:
     raise DataError(f"{path} names files that are missing: {listed(missing)}")
   return where
@@ -157,26 +156,21 @@ def _inside(folder: epath.Path, name: str) -> epath.Path:
   The Hub's cache keeps a snapshot's files as links into its own `blobs`.
   """
   path = folder / name
-  plain = (
-    name.endswith((".safetensors", ".json"))
-    and not (set(name) & set("/\\\0:"))
-    and not name.startswith(".")
-  )
-  if not plain:
+  whole = name.endswith((".safetensors", ".json")) and name[0] != "."
+  if not whole or set(name) & set("/\\\0:"):
     raise DataError(
-      f"{folder / INDEX} names {shown(name)!r}, wanted the plain "
+      f"{folder / INDEX} names {printable(name)!r}, wanted the plain "
       "name of a .safetensors file in its folder"
     )
-  if "://" in str(folder):
+  if _remote(folder):
     return path  # an object store has no links
-  root = os.path.realpath(folder)
-  real = os.path.realpath(path)
-  roots = [root]
-  if os.path.basename(os.path.dirname(root)) == "snapshots":
-    roots.append(os.path.join(os.path.dirname(os.path.dirname(root)), "blobs"))
+  root, real = os.path.realpath(folder), os.path.realpath(path)
+  above, roots = os.path.dirname(root), [root]
+  if os.path.basename(above) == "snapshots":
+    roots.append(os.path.join(os.path.dirname(above), "blobs"))
   if not any(real.startswith(os.path.join(r, "")) for r in roots):
     raise DataError(
-      f"{path} is a link out of its folder, to {shown(real)}; "
+      f"{path} is a link out of its folder, to {printable(real)}; "
       "put the file itself there"
     )
   return path
@@ -200,19 +194,20 @@ class Checkpoint:
     self._maps: dict[epath.Path, mmap.mmap] = {}  # of local files
     self._open: tuple[Any, Any] = (None, None)  # the remote file read last
     files, wrong = weights_files(folder), []
-    lies_in = lambda name: self.tensors[name].file.name
-    for file in files:
-      header = {} if file == INDEX else read_header(folder / file)
-      for name, t in header.items():
+    file_of = lambda name: self.tensors[name].file.name
+    for file in [f for f in files if f != INDEX]:
+      for name, t in read_header(folder / file).items():
         if name in self.tensors:
-          wrong.append(f"{shown(name)} is in {lies_in(name)} and in {file}")
+          first = file_of(name)
+          wrong.append(f"{printable(name)} is in {first} and in {file}")
         self.tensors[name] = t
     index = _read_index(folder) if files[0] == INDEX else {}
     for name, file in index.items():
       if name not in self.tensors:
-        wrong.append(f"{shown(name)} is not in {file}")
-      elif lies_in(name) != file:
-        wrong.append(f"{shown(name)} is in {lies_in(name)}, not in {file}")
+        wrong.append(f"{printable(name)} is not in {file}")
+      elif file_of(name) != file:
+        there = f"{file_of(name)}, not in {file}"
+        wrong.append(f"{printable(name)} is in {there}")
     if wrong:
       raise DataError(
         f"{folder / INDEX} is not true of its files: {listed(wrong)}"
@@ -253,12 +248,11 @@ class Checkpoint:
     if len(data) < begin + count:
       raise DataError(f"{t.file} was cut short while it was read")
     flat = np.frombuffer(data, dtype, high - low, begin)
-    return np.lib.stride_tricks.as_strided(
-      flat,
+    shape, steps = (
       [e - b for b, e in box],
       [n * dtype.itemsize for n in strides],
-      writeable=False,
     )
+    return np.lib.stride_tricks.as_strided(flat, shape, steps, writeable=False)
 
 
 def _remote(path: epath.Path) -> bool:
@@ -304,9 +298,6 @@ def _cut(
       yield from _cut(strides, chunk, most, gap, axis + 1)
 
 
-# Writing.
-
-
 def split(sizes: Mapping[str, int], most: int) -> dict[str, list[str]]:
   """File name -> tensors in it, in order, at most `most` bytes where it can.
 
@@ -322,12 +313,11 @@ def split(sizes: Mapping[str, int], most: int) -> dict[str, list[str]]:
       room = most
     groups[-1].append(name)
     room -= size
-  if len(groups) == 1:
+  n = len(groups)
+  if n == 1:
     return {FILE: groups[0]}
-  return {
-    f"model-{i:05d}-of-{len(groups):05d}.safetensors": names
-    for i, names in enumerate(groups, 1)
-  }
+  files = (f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1))
+  return dict(zip(files, groups))
 
 
 def header(shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype) -> bytes:

@@ -1,12 +1,12 @@
 """Weights to and from files of safetensors: straight onto the mesh, and back.
 
-A table of `Stored` says where each parameter lies. Reading walks the stored
-tensors in small chunks of their files and copies each chunk into the buffers of
-the shards of this host that want it, so what is held besides the shards is a
-few chunks. Writing fetches and writes one stored tensor at a time.
+A `Layout` says where each parameter lies. Reading walks the stored tensors in
+small chunks of their files and copies each chunk into the buffers of the shards
+of this host that want it, so what is held besides the shards is a few chunks.
+Writing fetches and writes one stored tensor at a time.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import contextlib
 import math
 import re
@@ -14,20 +14,25 @@ from typing import Any, NamedTuple
 
 from etils import epath
 import jax
+from jax.experimental import multihost_utils
 import numpy as np
 
 from jaxalign.core import disk, sharding
 from jaxalign.core.errors import DataError
 from jaxalign.core.hub import resolve
 from jaxalign.model import safetensors_io
-from jaxalign.model.parameters import Param, Params, Stored
-from jaxalign.model.safetensors_io import Box, Checkpoint, FILE, INDEX, shown
+from jaxalign.model.parameters import Layout, Params, Stored
+from jaxalign.model.safetensors_io import (
+  Box,
+  Checkpoint,
+  FILE,
+  FLOATS,
+  INDEX,
+  printable,
+)
 
 SHARD_BYTES = 5 * 10**9  # of one exported file, as transformers has it
 _OLD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors|" + re.escape(FILE))
-
-
-# In.
 
 
 class _Shard(NamedTuple):
@@ -37,14 +42,8 @@ class _Shard(NamedTuple):
   buffer: np.ndarray | None  # None: the numbers are only looked at
 
 
-def load(
-  folder: Any,
-  rows: Mapping[str, Param],
-  stored: Mapping[str, Stored],
-  mesh: jax.sharding.Mesh,
-  *,
-  canonical: Callable[[str], str | None] = lambda name: name,
-  dtype: Any = np.float32,
+def load_weights(
+  folder: Any, layout: Layout, mesh: jax.sharding.Mesh, dtype: Any = np.float32
 ) -> Params:
   """Reads a checkpoint onto the mesh; each host reads what its shards need.
 
@@ -55,11 +54,8 @@ def load(
 
   Args:
     folder: local, `gs://`, or `hf:<repo>[@revision]`.
-    rows: our parameters.
-    stored: where each of them lies.
+    layout: our parameters, and where each of them lies.
     mesh: to lay them on, by their axes.
-    canonical: a file's name of a tensor -> the name in `stored`; None: a
-      tensor that is knowingly left alone.
     dtype: of the parameters.
 
   Raises:
@@ -69,39 +65,43 @@ def load(
   """
   folder = resolve(folder)
   try:
-    return _load(folder, rows, stored, mesh, canonical, dtype)
+    params, wrong = _read(Checkpoint(folder), layout, mesh, dtype)
   except OSError as error:
     raise DataError(
       f"{folder} cannot be read ({error.strerror or error}); set "
       "config.model.checkpoint"
     ) from error
+  if wrong:
+    problems = safetensors_io.listed(wrong)
+    raise DataError(f"{folder} does not match its config.json: {problems}")
+  return params
 
 
-def _load(folder, rows, stored, mesh, canonical, dtype) -> Params:
-  checkpoint = Checkpoint(folder)
-  found, wrong = _match(checkpoint, rows, stored, canonical)
+def _read(checkpoint, layout, mesh, dtype) -> tuple[Params, list[str]]:
+  """The parameters; and what is wrong with the files, then all is looked at."""
+  matches, wrong = _match(checkpoint, layout)
   spoiled: set[str] = set()
   params = {}
-  for name, p in rows.items():
-    target = sharding.named(mesh, *p.axes)
+  for name, p in layout.rows.items():
+    target = sharding.named_sharding(mesh, *p.axes)
     indices = target.addressable_devices_indices_map(p.shape).values()
     boxes = {_bounds(index, p.shape) for index in indices}
     # A copy on many devices: one buffer.
     whole = {box: None if wrong else _aligned(box, dtype) for box in boxes}
-    for layer, theirs in found[name]:
+    for layer, theirs in matches[name]:
       shards = _of_layer(whole, layer)
-      if shards and not _fill(checkpoint, theirs, stored[name], shards):
+      if shards and not _fill(checkpoint, theirs, layout.stored[name], shards):
         spoiled.add(theirs)
     if not wrong:
       shard = lambda index, p=p, whole=whole: whole[_bounds(index, p.shape)]
       params[name] = jax.make_array_from_callback(p.shape, target, shard)
       params[name].block_until_ready()  # then the buffers may go
-  spoiled = _anywhere(spoiled, sorted(checkpoint.tensors))
-  wrong += [f"{shown(n)} holds NaN or infinity" for n in spoiled]
-  if wrong:
-    problems = safetensors_io.listed(wrong)
-    raise DataError(f"{folder} does not match its config.json: {problems}")
-  return params
+  names = sorted(checkpoint.tensors)
+  flags = np.array([n in spoiled for n in names])
+  if jax.process_count() > 1:
+    flags = np.asarray(multihost_utils.process_allgather(flags)).any(0)
+  spoiled = [printable(n) for n, flag in zip(names, flags) if flag]
+  return params, wrong + [f"{n} holds NaN or infinity" for n in spoiled]
 
 
 def _of_layer(whole, layer: int | None) -> list[_Shard]:
@@ -115,23 +115,19 @@ def _of_layer(whole, layer: int | None) -> list[_Shard]:
   ]
 
 
-def _match(
-  checkpoint: Checkpoint,
-  rows: Mapping[str, Param],
-  stored: Mapping[str, Stored],
-  canonical: Callable[[str], str | None],
-) -> tuple[dict[str, list[tuple[int | None, str]]], list[str]]:
+def _match(checkpoint: Checkpoint, layout: Layout) -> tuple[dict, list[str]]:
   """Our name -> (layer, tensor) of it that can be read; and what is wrong."""
   theirs, wrong = {}, []
   for name in checkpoint.tensors:
-    plain = canonical(name)
+    plain = layout.rename(name)
     if plain in theirs:
-      wrong.append(f"{shown(name)} and {shown(theirs[plain])} are the same")
+      twice = printable(name), printable(theirs[plain])
+      wrong.append(f"{' and '.join(twice)} are the same")
     elif plain is not None:
       theirs[plain] = name
-  found, used = {}, {}  # used: name -> whether it is as wanted
-  for ours, p in rows.items():
-    s, found[ours] = stored[ours], []
+  matches, used = {}, {}  # used: name -> whether it is as wanted
+  for ours, p in layout.rows.items():
+    s, matches[ours] = layout.stored[ours], []
     stacked = "{}" in s.name
     if stacked and p.shape[0] > len(checkpoint.tensors):  # no list of 10^9
       wrong.append(f"{s.name} is missing, wanted {p.shape[0]} layers")
@@ -143,20 +139,22 @@ def _match(
         wrong += [problem] if problem else []
         used[name] = not problem
       if used[name]:
-        found[ours].append((layer, theirs[name]))
+        matches[ours].append((layer, theirs[name]))
   surplus = sorted(theirs.keys() - used.keys())
-  return found, wrong + [f"{shown(theirs[n])} is surplus" for n in surplus]
+  wrong += [f"{printable(theirs[n])} is surplus" for n in surplus]
+  return matches, wrong
 
 
-def _problem(checkpoint, found, wanted: str, s: Stored) -> str:
+def _problem(checkpoint, name: str | None, wanted: str, s: Stored) -> str:
   """What is wrong with a tensor's place, type and shape, if anything."""
-  if found is None:
+  if name is None:
     return f"{wanted} is missing"
-  t, known = checkpoint.tensors[found], safetensors_io.FLOATS
+  t = checkpoint.tensors[name]
   if t.shape != s.shape:
-    return f"{shown(found)} is {shown(t.shape)}, wanted {s.shape}"
-  if t.dtype not in known:
-    return f"{shown(found)} is {t.dtype}, wanted one of {', '.join(known)}"
+    return f"{printable(name)} is {printable(t.shape)}, wanted {s.shape}"
+  if t.dtype not in FLOATS:
+    known = ", ".join(FLOATS)
+    return f"{printable(name)} is {t.dtype}, wanted one of {known}"
   return ""
 
 
@@ -170,9 +168,15 @@ def _fill(
   """Copies a stored tensor into the shards; False where it is not finite."""
   axes = zip(*(shard.box for shard in shards))
   hull = [(min(b for b, _ in x), max(e for _, e in x)) for x in map(list, axes)]
+  left = [hull[s.order.index(i)] for i in range(len(s.order))]
+  if s.pick:
+    left.insert(s.pick[0], (s.pick[1], s.pick[1] + 1))
   finite = True
-  for chunk in checkpoint.chunks(name, s.view, _theirs(hull, s)):
-    here = _ours(chunk, s)
+  for chunk in checkpoint.chunks(name, s.view, tuple(left)):
+    left = list(chunk)
+    if s.pick:
+      del left[s.pick[0]]
+    here = tuple(left[i] for i in s.order)
     wanted = [(shard, _common(here, shard.box)) for shard in shards]
     wanted = [(x, box) for x, box in wanted if all(b < e for b, e in box)]
     if not wanted:
@@ -181,28 +185,12 @@ def _fill(
       x = np.asarray(checkpoint.read(name, s.view, chunk), np.float32)
     finite = finite and bool(np.isfinite(x).all())
     if s.pick:
-      x = x[(slice(None),) * s.pick[0] + (0,)]
+      x = x.squeeze(s.pick[0])
     x = x.transpose(s.order)
     for shard, box in wanted:
       if shard.buffer is not None:
         shard.buffer[_slices(box, shard.box)] = x[_slices(box, here)]
   return finite
-
-
-def _theirs(box: Sequence[tuple[int, int]], s: Stored) -> Box:
-  """Our box as one of the stored tensor's view."""
-  left = [box[s.order.index(i)] for i in range(len(s.order))]
-  if s.pick:
-    left.insert(s.pick[0], (s.pick[1], s.pick[1] + 1))
-  return tuple(left)
-
-
-def _ours(box: Box, s: Stored) -> Box:
-  """The inverse of `_theirs`."""
-  left = list(box)
-  if s.pick:
-    del left[s.pick[0]]
-  return tuple(left[i] for i in s.order)
 
 
 def _common(one: Box, other: Box) -> Box:
@@ -226,27 +214,17 @@ def _aligned(box: Box, dtype: Any) -> np.ndarray:
   that devices may share it.
   """
   shape = [e - b for b, e in box]
-  size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+  size = math.prod(shape) * np.dtype(dtype).itemsize
   raw = np.empty(size + 64, np.uint8)
   begin = -raw.ctypes.data % 64
   return raw[begin : begin + size].view(dtype).reshape(shape)
 
 
-def _anywhere(some: set[str], names: list[str]) -> list[str]:
-  """The names, of all, that some process has."""
-  flags = np.array([n in some for n in names])
-  if jax.process_count() > 1:
-    from jax.experimental import multihost_utils
-
-    flags = np.asarray(multihost_utils.process_allgather(flags)).any(0)
-  return [n for n, flag in zip(names, flags) if flag]
-
-
-# Out.
+# Writing.
 
 
 class Export(NamedTuple):
-  """What stands beside the weights of a written folder, and how they lie."""
+  """What a written folder holds besides the weights, and how they lie."""
 
   config: Mapping[str, Any]  # of config.json; its `dtype` is set by ours
   tokenizer: Any = None  # has an `export(folder)`
@@ -256,11 +234,7 @@ class Export(NamedTuple):
 
 
 def save(
-  folder: Any,
-  params: Mapping[str, jax.Array],
-  rows: Mapping[str, Param],
-  stored: Mapping[str, Stored],
-  export: Export,
+  folder: Any, params: Mapping[str, jax.Array], layout: Layout, export: Export
 ) -> None:
   """Writes weights, config and tokenizer as transformers loads them.
 
@@ -272,23 +246,20 @@ def save(
   Args:
     folder: made where it is not there; older weights in it are replaced.
     params: the parameters.
-    rows: their table.
-    stored: where each goes.
+    layout: their table, and where each goes.
     export: what else is written.
 
   Raises:
     WriteError: the folder cannot be written.
   """
-  folder = epath.Path(folder)
-  kind = np.dtype(export.dtype)
-  sources = _sources(rows, stored)
+  folder, kind = epath.Path(folder), np.dtype(export.dtype)
+  sources = _sources(layout)
   shapes = {n: source[0][0].shape for n, source in sources.items()}
   sizes = {n: math.prod(x) * kind.itemsize for n, x in shapes.items()}
   files = safetensors_io.split(sizes, export.shard_bytes)
   writes = jax.process_index() == 0
-  with safetensors_io.atomic(
-    [folder / n for n in files if writes]
-  ) as temporary:
+  paths = [folder / n for n in files if writes]
+  with safetensors_io.atomic(paths) as temporary:
     for i, names in enumerate(files.values()):
       with temporary[i].open("wb") if writes else contextlib.nullcontext() as f:
         if writes:
@@ -309,36 +280,30 @@ def save(
     disk.write_json(folder / INDEX, dict(metadata=total, weight_map=where))
   if export.tokenizer is not None:
     export.tokenizer.export(folder)
-  ids = ("bos_token_id", "eos_token_id", "pad_token_id")
-  ids = {n: export.config[n] for n in ids if export.config.get(n) is not None}
+  config = dict(export.config, dtype=export.dtype)
+  ids = {f"{n}_token_id": config.get(f"{n}_token_id") for n in _SPECIAL}
+  ids = {n: x for n, x in ids.items() if x is not None}
   eos = {n: x for n, x in ids.items() if n == "eos_token_id"}
   generation = {**ids, **export.generation, **eos}
   disk.write_json(folder / "generation_config.json", generation)
-  config = dict(export.config, dtype=export.dtype)
   disk.write_json(folder / "config.json", config)
 
 
+_SPECIAL = ("bos", "eos", "pad")
 _Source = list[tuple[Stored, str, int | None]]  # ours by name, and its layer
 
 
-def _sources(
-  rows: Mapping[str, Param], stored: Mapping[str, Stored]
-) -> dict[str, _Source]:
+def _sources(layout: Layout) -> dict[str, _Source]:
   """Stored name -> the parameters that it is made of; layer by layer."""
+  rows, stored = layout.rows, layout.stored
+  stacked = [n for n in rows if "{}" in stored[n].name]
+  each = [(ours, None) for ours in rows if ours not in stacked]
+  for layer in range(max((rows[n].shape[0] for n in stacked), default=0)):
+    each += [(n, layer) for n in stacked if layer < rows[n].shape[0]]
   out: dict[str, _Source] = {}
-
-  def add(ours, layer):
+  for ours, layer in each:
     s = stored[ours]
     out.setdefault(_name(s, layer), []).append((s, ours, layer))
-
-  stacked = [n for n in rows if "{}" in stored[n].name]
-  for ours in rows:
-    if ours not in stacked:
-      add(ours, None)
-  for layer in range(max((rows[n].shape[0] for n in stacked), default=0)):
-    for ours in stacked:
-      if layer < rows[ours].shape[0]:
-        add(ours, layer)
   for name, source in out.items():
     picks = {s.pick for s, _, _ in source}
     whole = source[0][0].view[source[0][0].pick[0]] if None not in picks else 1

@@ -120,16 +120,16 @@ def intervals_of(rows: Sequence[Row], reference: Any) -> Intervals | None:
 
 
 def stacks_of(rows: Sequence[Any]) -> tuple[Axis, list] | None:
-  """The axis of stacked bars, and (start, length, part, fraction) of each."""
+  """The axis of stacked bars, and (start, length, place, fraction) of each."""
   stacks, longest = [], 0.0
   for _, values, _ in rows:
     values = [max(0.0, drawable(v) or 0.0) for v in values]
     total, start = math.fsum(values), 0.0
     longest = max(longest, total)
     stacks.append([])
-    for part, value in enumerate(values):
+    for place, value in enumerate(values):
       if value > 0:
-        stacks[-1].append((start, value, part, value / total))
+        stacks[-1].append((start, value, place, value / total))
       start += value
   return (Axis(0.0, longest), stacks) if 0 < longest < math.inf else None
 

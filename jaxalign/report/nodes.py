@@ -13,9 +13,8 @@ PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
 # What stands in for characters that hide, reorder or break text.
 _VISIBLE: dict[int, str] = {i: chr(0x2400 + i) for i in range(32)}
 _VISIBLE |= {9: "\t", 10: "\n", 0x7F: "\u2421"}
-_VISIBLE |= dict.fromkeys(
-  [*range(0x80, 0xA0), *range(0xD800, 0xE000)], "\ufffd"
-)
+_VISIBLE |= dict.fromkeys(range(0x80, 0xA0), "\ufffd")
+_VISIBLE |= dict.fromkeys(range(0xD800, 0xE000), "\ufffd")
 _BIDI = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
 _VISIBLE |= {i: f"[U+{i:04X}]" for i in _BIDI}
 
@@ -41,7 +40,7 @@ class Node:
       return Node(None)
 
   def __getattr__(self, name: str) -> "Node":
-    if name.startswith("__"):  # asked by Python and its libraries
+    if name.startswith("__"):  # looked up by Python and its libraries
       raise AttributeError(name)
     return self[name]
 
@@ -72,10 +71,8 @@ def raw(value: Any) -> Any:
 
 def entries(value: Any) -> list[tuple[str, Node]]:
   """The (key, node) of an object in order; of anything else, nothing."""
-  found = raw(value)
-  return (
-    [(k, Node(v)) for k, v in found.items()] if isinstance(found, dict) else []
-  )
+  found = raw(value) if isinstance(raw(value), dict) else {}
+  return [(k, Node(v)) for k, v in found.items()]
 
 
 def records(value: Any) -> list[Node]:
@@ -85,10 +82,9 @@ def records(value: Any) -> list[Node]:
 
 def sentences(value: Any) -> list[str]:
   """A list of sentences; one sentence alone is a list of one."""
-  found = raw(value)
-  return (
-    [visible(found)] if isinstance(found, str) else list(map(str, Node(found)))
-  )
+  if isinstance(raw(value), str):
+    return [visible(value)]
+  return list(map(str, Node(value)))
 
 
 def visible(value: Any) -> str:

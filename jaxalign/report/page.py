@@ -73,7 +73,7 @@ def headed(name: Any) -> str:
 
 
 def metrics_of(arm: Node) -> dict[str, Node]:
-  """An arm's metrics; a baseline keeps them beside its name."""
+  """An arm's metrics; a baseline keeps them next to its name."""
   own = {k: v for k, v in entries(arm) if k in METRICS and entries(v)}
   return own | {str(k): v for k, v in entries(arm.metrics)}
 
@@ -86,11 +86,9 @@ def metric_names(arms: list[Node]) -> list[str]:
 
 def value_text(value: Any, m: Metric = PERCENT, sign: bool = False) -> str:
   """One value of a metric, without its unit."""
-  return (
-    nodes.percent(value, sign, "")
-    if m.fraction
-    else nodes.number(value, sign=sign)
-  )
+  if m.fraction:
+    return nodes.percent(value, sign, "")
+  return nodes.number(value, sign=sign)
 
 
 def bounds(found: Node, m: Metric = PERCENT, sign: bool = False) -> str:
@@ -104,9 +102,8 @@ def bounds(found: Node, m: Metric = PERCENT, sign: bool = False) -> str:
 def measured(found: Any, m: Metric = PERCENT, sign: bool = False) -> str:
   """Value and interval in one line."""
   found = Node(found)
-  return (
-    f"{value_text(found['value'], m, sign)} {bounds(found, m, sign)}".strip()
-  )
+  value = value_text(found["value"], m, sign)
+  return f"{value} {bounds(found, m, sign)}".strip()
 
 
 def cell(found: Any, m: Metric = PERCENT) -> Any:
@@ -116,10 +113,8 @@ def cell(found: Any, m: Metric = PERCENT) -> Any:
     return MISSING
   ties = finite(found["ties"]) and f"ties {nodes.percent(found['ties'])}"
   small = Markup("<small>{}</small>").format
-  lines = [small(s) for s in (bounds(found, m), ties) if s]
-  return Markup("{}{}").format(
-    value_text(found["value"], m), Markup().join(lines)
-  )
+  lines = Markup().join(small(s) for s in (bounds(found, m), ties) if s)
+  return Markup("{}{}").format(value_text(found["value"], m), lines)
 
 
 def gap(found: Any, m: Metric = PERCENT) -> Markup:
@@ -143,7 +138,7 @@ def span(found: Node, words: Callable[..., str], **options: Any) -> str:
 
 
 def local_link(path: Any) -> str:
-  """The address of a file beside the page; "" of any other address."""
+  """The address of a file in the page's folder; "" of any other address."""
   address = visible(path)
   outside = address.startswith("/") or ".." in address.split("/")
   if outside or set(address) & {"\\", ":"}:

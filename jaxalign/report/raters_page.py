@@ -6,12 +6,11 @@ from jaxalign.report import page
 from jaxalign.report.nodes import entries, finite, Node, number
 
 
-def alpha_sentence(found: Node) -> str:
+def alpha_sentence(node: Node) -> str:
   """Krippendorff's alpha over the humans, or over all raters, in words."""
-  humans = found.judged.humans
-  judged = bool(entries(humans.between))  # a judge is no part of the bar
-  whom = "the humans" if judged else "all raters"
-  alpha = humans.alpha if judged else found.among.alpha
+  humans, whom, alpha = node.judged.humans, "all raters", node.among.alpha
+  if entries(humans.between):  # judges are then left out
+    whom, alpha = "the humans", humans.alpha
   value = finite(alpha.value)
   if value is None:
     reason = "all labels are the same"
@@ -27,31 +26,17 @@ def alpha_sentence(found: Node) -> str:
   )
 
 
-def left_out(found: Node) -> list[str]:
+def left_out(node: Node) -> list[str]:
   """What the tables leave out."""
-  out = []
-  if found.among.more:
-    out.append(
-      f"{number(found.among.more)} more pairs of raters with less in common "
-      "are not shown."
-    )
-  if found.more:
-    out.append(
-      f"{number(found.more)} more raters with fewer verdicts are not shown."
-    )
-  return out
-
-
-def agreement_html(found: dict[str, Any]) -> str:
-  """The page.
-
-  Args:
-    found: as `jaxalign.cli.agreement.measure` returns it, perhaps from a file.
-  """
-  node = Node(found)
-  return page.render(
-    "agreement.html",
-    found=node,
-    alpha=alpha_sentence(node),
-    left_out=left_out(node),
+  rows = (
+    (node.among.more, "pairs of raters with less in common"),
+    (node.more, "raters with fewer verdicts"),
   )
+  return [f"{number(n)} more {what} are not shown." for n, what in rows if n]
+
+
+def agreement_html(numbers: dict[str, Any]) -> str:
+  """The page of `jaxalign.cli.agreement.measure`, perhaps from a file."""
+  node = Node(numbers)
+  words = dict(alpha=alpha_sentence(node), left_out=left_out(node))
+  return page.render("agreement.html", found=node, **words)

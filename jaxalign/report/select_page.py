@@ -27,15 +27,12 @@ NAMES = {"False": "undesirable", "True": "desirable"}
 def _coded(values: Sequence[Any], label: bool) -> dict[str, Any]:
   """A column as its distinct values, the commonest first, and places."""
   text = [visible(v) for v in values]
-  found, inverse, counts = np.unique(
-    text, return_inverse=True, return_counts=True
-  )
-  order = np.argsort(-counts, kind="stable")
-  place = np.argsort(order)
-  names = [str(found[i]) for i in order]
+  values, inverse = np.unique(text, return_inverse=True)
+  order = np.argsort(-np.bincount(inverse), kind="stable")
+  names = [str(name) for name in values[order]]
   if label:
     names = [NAMES.get(name, name) for name in names]
-  return {"names": names, "at": place[inverse].tolist()}
+  return {"names": names, "at": np.argsort(order)[inverse].tolist()}
 
 
 def _places(values: np.ndarray) -> list[int]:
@@ -97,21 +94,17 @@ def value_name(value: Any, column: Any) -> str:
   """A value of a column in words."""
   if raw(value) is None:
     return "all others"
-  return (
-    NAMES.get(str(value), visible(value))
-    if column == "label"
-    else visible(value)
-  )
+  names = NAMES if column == "label" else {}
+  return names.get(str(value), visible(value))
 
 
 def shift_rows(rows: Sequence[Node], column: Any) -> list[Row]:
-  """Kept minus pool of every value, beside where random subsets lie."""
+  """Kept minus pool of every value, and where random subsets lie."""
   drawn = []
   for row in rows:
-    kept, pool, low, high = (
-      finite(row[k]) for k in ("kept", "pool", "low", "high")
-    )
-    if None not in (kept, pool, low, high):
+    values = [finite(row[k]) for k in ("kept", "pool", "low", "high")]
+    if None not in values:
+      kept, pool, low, high = values
       colour = charts.MUTED if row.verdict == "within chance" else 1
       gap, low, high = (100 * (v - pool) for v in (kept, low, high))
       words = page.value_text(kept - pool, sign=True)
@@ -128,16 +121,11 @@ def p_value(value: Any) -> str:
   return "< 0.001" if x < 0.001 else number(x, 2)
 
 
-def _percents(curve: Node) -> list[tuple[int, float]]:
-  """The points of a curve of fractions."""
-  found = map(finite, curve)
-  return [(i, y and 100 * y) for i, y in enumerate(found, 1)]
-
-
 def spectrum_series(groups: Sequence[Node]) -> list[Series]:
-  """The variance held by the first directions, a line a group."""
+  """The variance held by the first directions, in percent, a line a group."""
+  percent = lambda value: (y := finite(value)) and 100 * y
   return [
-    Series(group.name, _percents(group.curve), i)
+    Series(group.name, list(enumerate(map(percent, group.curve), 1)), i)
     for i, group in enumerate(groups[:6])
   ]
 
@@ -161,7 +149,7 @@ def selection_html(record: dict[str, Any], rows: dict[str, Any]) -> str:
 
   Args:
     record: as `selection_report.describe` returns it.
-    rows: the table that it returns beside it.
+    rows: the table that it returns with it.
   """
   data, node = payload(record, rows), Node(record)
   kinds = [(i, reasons.KINDS[i]) for i in sorted(set(data["why"]))]
@@ -174,9 +162,8 @@ def selection_html(record: dict[str, Any], rows: dict[str, Any]) -> str:
     reasons=kinds,
     alike=ALIKE,
   )
-  size = f"{number(len(document.encode()) / 1e6)} MB"
-  words = "rows on this page"
-  return document.replace(f"{words}</p>", f"{words} · {size}</p>", 1)
+  size, words = number(len(document.encode()) / 1e6), "rows on this page"
+  return document.replace(f"{words}</p>", f"{words} · {size} MB</p>", 1)
 
 
 page.expose(globals())

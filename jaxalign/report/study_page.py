@@ -56,13 +56,12 @@ def styles(arms: Sequence[Node]) -> list[Style]:
     same = [arm.sampler, arm.budget, arm.is_all, arm.like]
     keys.append(repr(list(map(raw, same if arm.sampler else [arm.name]))))
     groups.setdefault(keys[-1], []).append(arm)
-  names = {key: _line_name(group) for key, group in groups.items()}
-  common = list(names.values())
-  colours = {key: i for i, key in enumerate(groups)}
-  for key, name in names.items():
-    if common.count(name) > 1:  # budgets of one sampler need telling apart
-      names[key] = f"{name} {budget(groups[key][0].budget)}"
-  return [(names[key], colours[key]) for key in keys]
+  names = [_line_name(group) for group in groups.values()]
+  found = {}
+  for i, (name, (key, group)) in enumerate(zip(names, groups.items())):
+    several = names.count(name) > 1  # budgets of one sampler
+    found[key] = f"{name} {budget(group[0].budget)}" if several else name, i
+  return [found[key] for key in keys]
 
 
 def _line_name(group: list[Node]) -> str:
@@ -78,7 +77,7 @@ def _over_seeds(
   group: list[tuple[list, int]], name: str, colour: int
 ) -> list[Series]:
   """The mean of an arm's seeds in a band of their range, where x agrees."""
-  # A point that is not finite goes along, to be counted and said.
+  # A point that is not finite goes along, to be counted on the chart.
   gaps = [(None, None)] * sum(lost for _, lost in group)
   full = [points for points, _ in group if points]
   if len(full) < 2 or len({tuple(x for x, _ in one) for one in full}) > 1:
@@ -235,20 +234,17 @@ def savings(summary: Node, arms: Sequence[Node]) -> list[Node]:
 
 def overspent(rows: Sequence[Node]) -> list[str]:
   """A sentence for every saving that is negative."""
-  found = []
-  for row in rows:
-    against = f" against {row.against}" if row.against else ""
-    for key, how in (
-      ("with_sft", "counting the SFT stage"),
-      ("without_sft", "leaving the SFT stage out"),
-    ):
-      x = finite(row[key]) or 0.0
-      if x < 0:
-        found.append(
-          f"{row.arm}{against}, {how}: {percent(x)} saved, so it used "
-          f"{percent(-x)} more FLOPs."
-        )
-  return found
+  ways = dict(
+    with_sft="counting the SFT stage", without_sft="leaving the SFT stage out"
+  )
+  against = lambda row: f" against {row.against}" if row.against else ""
+  return [
+    f"{row.arm}{against(row)}, {how}: {percent(x)} saved, so it used "
+    f"{percent(-x)} more FLOPs."
+    for row in rows
+    for key, how in ways.items()
+    if (x := finite(row[key]) or 0.0) < 0
+  ]
 
 
 def arm_html(arm: dict[str, Any]) -> str:

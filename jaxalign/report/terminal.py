@@ -66,8 +66,8 @@ def study_text(summary: dict[str, Any]) -> str:
   every = [*(groups or runs), *([base] if base else [])]
   # Of several seeds: what it is for, in place of how far it went.
   cost = any("flops" in raw(group) for group in groups)
-  known = page.metric_names(every)
-  names = [n for n in HEADS if n in known and not (cost and n == "kl")]
+  known = {*page.metric_names(every)} - ({"kl"} if cost else set())
+  names = [n for n in HEADS if n in known]
   title = shorten(node.title or "jaxalign report", COLUMNS)
   text = [title, "=" * len(title)]
   rows = [["arm", "rows", *(HEADS[n] for n in names), *["FLOP"] * cost]]
@@ -108,8 +108,9 @@ def grid_text(summary: dict[str, Any]) -> str:
     seeds = ", ".join(map(str, world.seeds)) or "none"
     out.append(f"\n{world.world}, seeds {seeds}")
     for arm in study_page.best_first(records(world.arms), "win"):
-      line = f"  {str(arm.label)[:30]:30} {percent(arm.win.value):>7}"
-      if found := verdicts.get(str(arm.label)):
+      name = str(arm.label)
+      line = f"  {name[:30]:30} {percent(arm.win.value):>7}"
+      if found := verdicts.get(name):
         line += f"  {measured(found.difference, sign=True)}  {found.verdict}"
       if raw(arm.wrong) is not None:
         line += f"  wrong {percent(arm.wrong)}, junk {percent(arm.junk)}"
@@ -173,17 +174,10 @@ def agreement_text(found: dict[str, Any]) -> str:
     for one in records(node.raters):
       orders, lengths = one.orders, one.lengths
       counts = [number(one[k]) for k in ("verdicts", "ties", "unparsable")]
-      rows.append(
-        [
-          shorten(one.name, 44),
-          *counts,
-          _value(orders.consistent),
-          _exact(orders.kappa),
-          _value(orders.first),
-          _value(lengths.longer),
-          _value(lengths.slope, PLAIN),
-        ]
-      )
+      places = [_value(orders.consistent), _exact(orders.kappa)]
+      longer = [_value(lengths.longer), _value(lengths.slope, PLAIN)]
+      first = [_value(orders.first)]
+      rows.append([shorten(one.name, 44), *counts, *places, *first, *longer])
     out += ["", *_columns(rows)]
   left_out = raters_page.left_out(node)
   return "\n".join([*out, *left_out, "[...]: 95 % intervals"])

@@ -86,7 +86,7 @@ def estimate(
   Raises:
     ConfigError: a keyword that cannot be counted with, a word for a number.
   """
-  c, sampler = job.c, chains.named(arm.sampler)
+  c, sampler = job.c, chains.find_sampler(arm.sampler)
   budget = budget_rows(arm.budget, rows, c.train.batch_size)
   responses = 2 if job.kind == "pairs" else 1
   sizes = costs.Sizes(rows, width, budget, responses, residual)
@@ -151,14 +151,14 @@ def chosen_arm(job: Job, arm: Arm) -> Arm:
 
 def select_needs(job: Job, arm: Arm) -> list:
   """The stages that an arm's sampler reads, and another arm's selection."""
-  sampler = chains.named(arm.sampler)
+  sampler = chains.find_sampler(arm.sampler)
   other = [("select", chosen_arm(job, arm))] * ("subset" in sampler.needs)
   return ["data", *columns.stages(job.c, job.kind, sampler), *other]
 
 
 def select_fields(job: Job, arm: Arm) -> dict[str, Any]:
   """What the selection depends on, apart from the columns that are read."""
-  kwargs = _kwargs(job.c, arm, chains.named(arm.sampler))
+  kwargs = _kwargs(job.c, arm, chains.find_sampler(arm.sampler))
   fields = dict(sampler=arm.sampler, budget=arm.budget, seed=arm.seed)
   fields |= dict(batch_size=job.c.train.batch_size, **kwargs)
   return fields | source_digests(arm.sampler)
@@ -166,7 +166,7 @@ def select_fields(job: Job, arm: Arm) -> dict[str, Any]:
 
 def make_selection(job: Job, arm: Arm, folder: Any) -> Made:
   """Scores the pool and selects the budget."""
-  c, sampler = job.c, chains.named(arm.sampler)
+  c, sampler = job.c, chains.find_sampler(arm.sampler)
   ids = np.array(job.column("pool", "id"))
   table, n = columns.gather(job, sampler), len(ids)
   if "subset" in sampler.needs:
@@ -235,7 +235,7 @@ def _logps(job: Job, sampler: Callable) -> np.ndarray | None:
 
 def _copies(rows: RowTable) -> int:
   """Rows whose texts, but for case and spaces, an earlier one has."""
-  names = ("prompt", "chosen", "rejected", "completion")
+  names = ("prompt", *embedder.SIDES)
   plain = lambda text: " ".join(text.casefold().split())
   seen = {tuple(plain(row[n]) for n in names if n in row) for row in rows}
   return len(rows) - len(seen)

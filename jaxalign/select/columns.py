@@ -14,8 +14,8 @@ import numpy as np
 from jaxalign.core import disk
 from jaxalign.core.errors import DataError
 from jaxalign.data import prepare, tables
-from jaxalign.data import tokens as tokens_lib
-from jaxalign.data import world as world_lib
+from jaxalign.data.tokens import row_lengths
+from jaxalign.data.world import reward, topic
 from jaxalign.embed import embedder, store
 from jaxalign.model.job import Job
 from jaxalign.select import grams
@@ -51,7 +51,7 @@ class Column(NamedTuple):
 
 def _length(job: Job) -> np.ndarray:
   tokens = job.tokens("pool")
-  lengths = tokens_lib.row_lengths(tokens) - tokens.start
+  lengths = row_lengths(tokens) - tokens.start
   return lengths.reshape(len(job.column("pool", "id")), -1).astype(np.int32)
 
 
@@ -78,15 +78,15 @@ def _source(job: Job) -> np.ndarray | None:
 
 def _topic(job: Job) -> np.ndarray:
   world, prompts = prepare.world_of(job.c), job.column("pool", "prompt")
-  return np.array([world_lib.topic(world, prompt) for prompt in prompts])
+  return np.array([topic(world, prompt) for prompt in prompts])
 
 
 def _true_reward(job: Job) -> np.ndarray:
   """[N, R] of the built-in world: an oracle, which no real data has."""
   world, rows = prepare.world_of(job.c), job.rows("pool")
   sides = ("chosen", "rejected") if job.kind == "pairs" else ("completion",)
-  reward = lambda row, side: world_lib.reward(world, row["prompt"], row[side])
-  return np.array([[reward(row, side) for side in sides] for row in rows])
+  score = lambda row, side: reward(world, row["prompt"], row[side])
+  return np.array([[score(row, side) for side in sides] for row in rows])
 
 
 def _of_tokens(make: Callable[[Any], np.ndarray]) -> Callable[[Job], Any]:
@@ -197,7 +197,7 @@ def check_records(job: Job, name: str) -> None:
   Raises:
     DataError: no record has a field; nothing has been embedded for it yet.
   """
-  sampler, table = chains.named(name), known(job.c)
+  sampler, table = chains.find_sampler(name), known(job.c)
   read = {*sampler.needs}
   if name == job.c.select.sampler:
     read |= _in_kwargs(job.c, sampler)

@@ -1,10 +1,10 @@
-"""What choosing rows costs: the sizes of a pool in, flops and bytes out.
+"""What a selection costs: the sizes of a pool in, flops and bytes out.
 
-A sampler's cost stands beside it, `@needs(..., cost=fn)`: `fn(sizes,
-**keywords) -> Work` counts multiply-adds x 2 by the equations that its
-docstring names and leaves out lower orders. Greedy methods that may stop early
-count as one whole sweep. Bytes are of the largest moment; a test compares them
-with what was held. A sampler without a cost is "not known" in the plan.
+A sampler declares its cost, `@needs(..., cost=fn)`: `fn(sizes, **keywords) ->
+Work` counts multiply-adds x 2 by the equations of its docstring and leaves out
+lower orders. Greedy methods that may stop early count as one whole sweep. Bytes
+are of the largest moment; a test compares them with what was held. A sampler
+without a cost is "not known" in the plan.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ ID_BYTES = 200  # of a row's id while it is hashed
 
 
 class Sizes(NamedTuple):
-  """Sizes of a pool, and how many of its rows are to be kept."""
+  """Sizes of a pool and of its selection."""
 
   n: float  # N rows
   e: int  # E, width of an embedding
@@ -26,7 +26,7 @@ class Sizes(NamedTuple):
 
 
 class Work(NamedTuple):
-  """What one step of a selection takes, beside its columns."""
+  """The cost of one step of a selection, without its columns."""
 
   host: float = 0  # flops on the host
   devices: float = 0  # flops on the devices
@@ -35,11 +35,11 @@ class Work(NamedTuple):
 
 
 class Estimate(NamedTuple):
-  """What a sampler takes beside the stages that make its columns."""
+  """The cost of a sampler, without the stages that make its columns."""
 
   flops: float
   read: int  # bytes of its columns, from disk
-  held: int  # bytes on the host beside those columns
+  held: int  # bytes on the host, without those columns
   device: int  # bytes on all devices together; 0: it runs on the host
   on_host: float = 0.0  # of the flops
 
@@ -82,26 +82,19 @@ def one_after_another(*steps: Work) -> Work:
 
 
 def estimate(sampler: Callable, sizes: Sizes, **kwargs: Any) -> Estimate | None:
-  """The cost of a sampler or a chain; None where a part has none.
+  """The cost of a sampler or a chain; None where one of it has none.
 
   Args:
-    sampler: of `combine.named`, or one with `needs`.
+    sampler: of `chains.find_sampler`, or one with `needs`.
     sizes: of the pool.
-    **kwargs: of the sampler, beside those in its name.
+    **kwargs: of the sampler; those in its name come first.
   """
   if getattr(sampler, "cost", None) is None:
     return None
   bound = getattr(sampler, "keywords", {})
   work = sampler.cost(sizes, **kwargs | bound)
-  each = [
-    COLUMN_BYTES.get(name, lambda p: 8 * p.r)(sizes) for name in sampler.needs
-  ]
-  read = sizes.n * sum(each)
-  copied = read * getattr(sampler, "copies_rows", False)
-  return Estimate(
-    work.host + work.devices,
-    int(read),
-    int(copied + work.held),
-    int(work.device),
-    work.host,
-  )
+  size = lambda name: COLUMN_BYTES.get(name, lambda p: 8 * p.r)(sizes)
+  read = sizes.n * sum(map(size, sampler.needs))
+  copied = sizes.n * sum(map(size, getattr(sampler, "copied", ())))
+  flops, held = work.host + work.devices, copied + work.held
+  return Estimate(flops, int(read), int(held), int(work.device), work.host)

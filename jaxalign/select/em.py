@@ -23,10 +23,10 @@ from jaxalign.select.exact import HIGHEST
 
 COVARIANCES = ("full", "tied", "diag")
 KNOB = "config.select.mixture"
-TILE = 4096  # rows of one product on the host
+CHUNK = 4096  # rows of one product on the host
 # Where components share a product, a second moment is the difference of two
 # float32 sums. Its error, 1e-7 of all rows' moment, may be so many times
-# larger beside the component's own narrowest direction.
+# larger relative to the component's own narrowest direction.
 SHARE_LIMIT = 1000.0
 # Up to this width one product gives both distances, at the price of the
 # host's eigenvectors in each iteration; wider, two products cost less.
@@ -67,14 +67,19 @@ class Shared(NamedTuple):
   precisions: np.ndarray  # [K, P]
 
 
+def _refuse_flat(flat: bool) -> None:
+  if flat:
+    raise NumericError(
+      "the covariance of a component is not positive definite; lower "
+      f"{KNOB}.pca or raise the ridge"
+    )
+
+
 def _cholesky(covariances: np.ndarray) -> np.ndarray:
   try:
     return np.linalg.cholesky(covariances)
-  except np.linalg.LinAlgError as error:
-    raise NumericError(
-      "the covariance of a component is not positive "
-      f"definite; lower {KNOB}.pca or raise the ridge"
-    ) from error
+  except np.linalg.LinAlgError:
+    _refuse_flat(True)
 
 
 def _constants(g, log_det, trace, ridge) -> np.ndarray:
@@ -86,17 +91,13 @@ def _constants(g, log_det, trace, ridge) -> np.ndarray:
 def factors_of(g: Gaussians, ridge: float = 0.0) -> Factors:
   """Raises NumericError for a covariance that is not positive definite."""
   if g.covariances.ndim == 2:
-    if not (g.covariances > 0).all():
-      raise NumericError(
-        "a component has no variance in some direction; lower "
-        f"{KNOB}.pca or raise the ridge"
-      )
+    _refuse_flat(not (g.covariances > 0).all())
     scale = g.covariances**-0.5
     log_det, trace = np.log(g.covariances).sum(1), (1 / g.covariances).sum(1)
   else:
     lower = _cholesky(g.covariances)
-    invert = functools.partial(scipy.linalg.solve_triangular, lower=True)
-    inverse = [invert(one, np.eye(g.means.shape[1])) for one in lower]
+    one = np.eye(g.means.shape[1])
+    inverse = [scipy.linalg.solve_triangular(a, one, lower=True) for a in lower]
     scale = np.stack(inverse).swapaxes(1, 2)
     log_det = 2 * np.log(np.diagonal(lower, axis1=1, axis2=2)).sum(1)
     trace = (scale**2).sum((1, 2))
@@ -118,11 +119,7 @@ def _two_in_one(g: Gaussians, ridge: float) -> Shared:
   solve = functools.partial(scipy.linalg.solve_triangular, lower, lower=True)
   inside = solve(solve(g.covariances[1]).T)
   values, turn = np.linalg.eigh((inside + inside.T) / 2)
-  if not values[0] > 0:
-    raise NumericError(
-      "the covariance of a component is not positive "
-      f"definite; lower {KNOB}.pca or raise the ridge"
-    )
+  _refuse_flat(not values[0] > 0)
   basis = solve(turn, trans="T")
   precisions = np.stack([np.ones_like(values), 1 / values])
   own = np.array([0.0, np.log(values).sum()])
@@ -143,13 +140,12 @@ def _shared(g: Gaussians, ridge: float, kind: str) -> tuple[Shared, np.ndarray]:
     return shared, np.array([_spread(basis)])
   if g.means.shape[1] <= JOINT_WIDTH:
     shared = _two_in_one(g, ridge)
-    spread = [_spread(shared.basis * np.sqrt(p)) for p in shared.precisions]
+    factors = [shared.basis * np.sqrt(p) for p in shared.precisions]
   else:
-    constants, scale = factors_of(g, ridge)
-    centres = np.stack([m @ f for m, f in zip(g.means, scale)])
-    shared = Shared(constants, scale, centres, ones)
-    spread = [_spread(f) for f in scale]
-  return shared, np.array(spread) / np.exp(g.log_weights)
+    constants, factors = factors_of(g, ridge)
+    centres = np.stack([m @ f for m, f in zip(g.means, factors)])
+    shared = Shared(constants, factors, centres, ones)
+  return shared, np.array([*map(_spread, factors)]) / np.exp(g.log_weights)
 
 
 def log_joint(factors: Factors, means: np.ndarray, z: np.ndarray) -> np.ndarray:
@@ -161,9 +157,7 @@ def log_joint(factors: Factors, means: np.ndarray, z: np.ndarray) -> np.ndarray:
   return factors.constants - 0.5 * np.stack(squared, axis=1)
 
 
-@functools.cache
-def _libraries() -> threadpoolctl.ThreadpoolController:
-  return threadpoolctl.ThreadpoolController()
+_libraries = functools.cache(threadpoolctl.ThreadpoolController)
 
 
 def few_threads(width: int) -> contextlib.AbstractContextManager:
@@ -252,26 +246,25 @@ def _shared_sweep(mesh, rows, g, ridge, kind, total):
   shared, narrow = _shared(g, ridge, kind)
   if narrow.max() > SHARE_LIMIT:
     return None
-  tied = kind == "tied"
   # Summed by itself is the component that bears a difference less well.
   turn = slice(None, None, -1 if narrow[-1] > narrow[0] else 1)
-  constants, basis, centres, precisions = shared
-  basis = basis if basis.ndim == 2 else basis[turn]
-  params = constants[turn], basis, centres[turn], precisions[turn]
+  common = shared.basis.ndim == 2
+  basis = shared.basis if common else shared.basis[turn]
+  params = Shared(*(a[turn] for a in shared))._replace(basis=basis)
   bounds = _bounds(rows, np.zeros(1))
-  if tied:
+  if kind == "tied":
     bounds.pop("second")
-  moments = _shared_moments if tied else _pair_moments
-  sums, bound = exact.sums(mesh, moments, rows, params, bounds)
+  moments = _shared_moments if kind == "tied" else _pair_moments
+  sums, bound = exact.exact_sums(mesh, moments, rows, params, bounds)
   count, first = sums["count"][turn], sums["first"][turn]
   each = zip(first, count, g.means)
-  if tied:
+  if kind == "tied":
     second = total
     for one in each:
       second = _moved(second, *one)
   else:
-    parts = np.stack([sums["second"], total - sums["second"]])[turn]
-    second = np.stack([_moved(p, *one) for p, one in zip(parts, each)])
+    own = np.stack([sums["second"], total - sums["second"]])[turn]
+    second = np.stack([_moved(s, *one) for s, one in zip(own, each)])
   return Moments(count, first - count[:, None] * g.means, second), bound
 
 
@@ -286,8 +279,7 @@ def sweep_of(
   the mean bound per row, nats. The means of g are as `rounded` leaves them.
 
   Args:
-    mesh: where the sums are computed.
-    z: [n, P] whitened rows.
+    mesh, z: where the sums are computed, and of which rows.
     ridge: added to every variance.
     kind: one of COVARIANCES.
     share: lets two full, or all tied, components share products where that is
@@ -296,19 +288,21 @@ def sweep_of(
   rows = exact.place(mesh, z)
   total = functools.cache(lambda: exact.gram_of_chunks(mesh, rows))
 
+  def own_sweep(g):
+    constants, scale = factors_of(g, ridge)
+    params, bounds = (constants, g.means, scale), _bounds(rows, g.means)
+    sums, bound = exact.exact_sums(mesh, _own_moments, rows, params, bounds)
+    if kind == "tied":
+      sums["second"] = sums["second"].sum(0)
+    return Moments(**sums), bound
+
   def sweep(g: Gaussians) -> tuple[Moments, float]:
-    found = None
+    together = None
     with few_threads(z.shape[1]):
       if share and (kind == "tied" or (kind == "full" and len(g.means) == 2)):
-        found = _shared_sweep(mesh, rows, g, ridge, kind, total())
-      if found is None:
-        constants, scale = factors_of(g, ridge)
-        params, bounds = (constants, g.means, scale), _bounds(rows, g.means)
-        sums, bound = exact.sums(mesh, _own_moments, rows, params, bounds)
-        if kind == "tied":
-          sums["second"] = sums["second"].sum(0)
-        found = Moments(**sums), bound
-    return found[0], found[1] / rows.n
+        together = _shared_sweep(mesh, rows, g, ridge, kind, total())
+      moments, bound = together or own_sweep(g)
+    return moments, bound / rows.n
 
   return sweep
 
@@ -341,27 +335,18 @@ def m_step(
 def partition(
   z: np.ndarray, labels: np.ndarray, components: int, ridge: float, kind: str
 ) -> Gaussians | None:
-  """The maximum of the likelihood where each row's component is known, plus
-  the ridge; None where a component has no rows.
-
-  Args:
-    z: [n, P] whitened rows.
-    labels: [n] from 0 to K - 1.
-    components: K.
-    ridge: added to every variance.
-    kind: one of COVARIANCES.
-  """
+  """The maximum of the likelihood of whitened rows [n, P] whose component is
+  known, labels [n] from 0 to K - 1; None where a component has no rows."""
   width, diagonal = z.shape[1], kind == "diag"
   count = np.bincount(labels, minlength=components).astype(np.float64)
   if not count.all():
     return None
   first = np.zeros((components, width))
   second = np.zeros((components,) + (width,) * (1 if diagonal else 2))
-  for start in range(0, len(z), TILE):
-    part = np.float64(z[start : start + TILE])
-    here = labels[start : start + TILE]
+  for start in range(0, len(z), CHUNK):
+    rows = slice(start, start + CHUNK)
     for k in range(components):
-      own = part[here == k]
+      own = np.float64(z[rows][labels[rows] == k])
       first[k] += own.sum(0)
       second[k] += (own**2).sum(0) if diagonal else own.T @ own
   second = second.sum(0) if kind == "tied" else second
@@ -380,12 +365,14 @@ def reseeded(g: Gaussians, k: int, mean: np.ndarray, ridge: float) -> Gaussians:
   return Gaussians(np.log(weights / weights.sum()), means, covariances)
 
 
-def flops(n: int, width: int, components: int, kind: str) -> int:
+def em_flops(n: int, width: int, components: int, kind: str) -> int:
   """Floating-point operations of one iteration's products."""
   if kind == "diag":
     return 8 * components * n * width
   square = 2 * n * width**2
-  triangle = 2 * n * sum((e - s) * (width - s) for s, e in exact.panels(width))
+  triangle = (
+    2 * n * sum((e - s) * (width - s) for s, e in exact.column_chunks(width))
+  )
   if kind == "tied":
     return square
   if components == 2:

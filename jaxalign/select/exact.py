@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign.core import sharding
-from jaxalign.select import chunks
+from jaxalign.select.chunks import less
 
 ROUND = 64  # rows of a chunk are a multiple of it
 ROWS = 2048  # of a chunk: what stays in a CPU's cache from first use to last
 CHUNKS = (64, 1024)  # at least for a pod's chips; at most for the whole numbers
-PANEL = 192  # columns from which products over WIDE rows are never cut
+UNCUT = 192  # columns from which products over WIDE rows are never cut
 WIDE = 256
 LIMB = 20  # bits of a whole number that one chunk fills, of 31
 WAVE = 1 << 16  # rows of a Gram that lie on the devices at once
@@ -58,15 +58,15 @@ def place(mesh: jax.sharding.Mesh, x: np.ndarray) -> RowChunks:
     for s in range(0, n, rows)
   )
 
-  def made(places):  # the rows of this process only
+  def make(places):  # the rows of this process only
     out = np.zeros((len(places), rows, width), np.float32)
-    for i, chunk in enumerate(places):
-      part = x[chunk * rows : (chunk + 1) * rows]
-      out[i, : len(part)] = part
-    at = places[:, None] * rows + np.arange(rows)
-    return out, np.float32(at < n)
+    for chunk, place in zip(out, places):
+      own = x[place * rows : (place + 1) * rows]
+      chunk[: len(own)] = own
+    row = places[:, None] * rows + np.arange(rows)
+    return out, np.float32(row < n)
 
-  placed, weight = sharding.put_rows(mesh, (count,), made, "pool")
+  placed, weight = sharding.put_rows(mesh, (count,), make, "pool")
   return RowChunks(placed, weight, n, square)
 
 
@@ -78,8 +78,8 @@ def scale_of(bound: float) -> np.float32:
 def _cut(x: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
   """float32, below 1 in size after scaling -> two whole numbers.
 
-  The powers of two and the difference are exact; what is lost is below 2^-41
-  of the bound.
+  The powers of two and the difference are exact; the error is below 2^-41 of
+  the bound.
   """
   high = x * scale * 2.0**LIMB
   whole = jnp.round(high)
@@ -98,9 +98,8 @@ def program(mesh: jax.sharding.Mesh, fn: Callable) -> Callable:
   """Jits the sums of fn over all chunks.
 
   Args:
-    mesh: the mesh.
-    fn: `fn(params, chunk [rows, P], weight [rows])` -> (tree of float32 sums,
-      [rows / ROUND] values that are kept apart).
+    mesh, fn: `fn(params, chunk [rows, P], weight [rows])` -> (tree of float32
+      sums, [rows / ROUND] values that are kept apart).
 
   Returns:
     run(params, scales, chunks, weight) -> (the tree with a pair of whole
@@ -110,15 +109,15 @@ def program(mesh: jax.sharding.Mesh, fn: Callable) -> Callable:
 
   def local(params, scales, x, weight):
     def cut_sums(chunk):
-      found, value = fn(params, *chunk)
+      sums, value = fn(params, *chunk)
       for name, scale in scales.items():
         cut = functools.partial(_cut, scale=scale)
-        found[name] = jax.tree.map(cut, found[name])
-      return found, value
+        sums[name] = jax.tree.map(cut, sums[name])
+      return sums, value
 
     def step(total, chunk):
-      parts, value = cut_sums(chunk)
-      return jax.tree.map(jnp.add, total, parts), value
+      cut, value = cut_sums(chunk)
+      return jax.tree.map(jnp.add, total, cut), value
 
     like = jax.eval_shape(cut_sums, (x[0], weight[0]))[0]
     zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like)
@@ -136,7 +135,7 @@ def program(mesh: jax.sharding.Mesh, fn: Callable) -> Callable:
   return jax.jit(run)
 
 
-def sums(
+def exact_sums(
   mesh: jax.sharding.Mesh,
   fn: Callable,
   rows: RowChunks,
@@ -146,23 +145,22 @@ def sums(
   """Runs `program` -> (float64 sums by name, the sum of the values apart).
 
   Args:
-    mesh: as of `rows`.
-    fn: as of `program`; its sums are a dict, a Gram the tuple of `gram`.
+    mesh, fn: as of `program`; the sums are a dict, a Gram the tuple of `gram`.
     rows: as of `place`.
     params: arrays, rounded to float32 and put on every device.
     bounds: by name, what no chunk's sum can exceed in size.
   """
   put = lambda a: sharding.put(mesh, np.float32(a), *[None] * np.ndim(a))
   scales = {name: scale_of(bound) for name, bound in bounds.items()}
-  found, values = program(mesh, fn)(
+  cut, values = program(mesh, fn)(
     jax.tree.map(put, params), jax.tree.map(put, scales), rows.x, rows.weight
   )
   out = {}
   for name, scale in scales.items():
-    if isinstance(found[name][0], tuple):
-      out[name] = _mirrored([_joined(pair, scale) for pair in found[name]])
+    if isinstance(cut[name][0], tuple):
+      out[name] = _mirrored([_joined(pair, scale) for pair in cut[name]])
     else:
-      out[name] = _joined(found[name], scale)
+      out[name] = _joined(cut[name], scale)
   return out, math.fsum(sharding.fetch(values).ravel().tolist())
 
 
@@ -178,37 +176,38 @@ def product(a: jax.Array, b: jax.Array) -> jax.Array:
   dot = lambda x, y: jnp.einsum("tp,tq->pq", x, y, precision=HIGHEST)
   if sharding.platform() != "cpu":
     return dot(a, b)
-  if min(a.shape[1], b.shape[1]) >= PANEL:
+  if min(a.shape[1], b.shape[1]) >= UNCUT:
     total = dot(a[:WIDE], b[:WIDE])
     for s in range(WIDE, a.shape[0], WIDE):
       total += dot(a[s : s + WIDE], b[s : s + WIDE])
     return total
   cut = lambda x: x.reshape(-1, ROUND, x.shape[1])
   a, b = cut(a), cut(b)
-  add = lambda total, part: (total + dot(*part), None)
+  add = lambda total, rows: (total + dot(*rows), None)
   return jax.lax.scan(add, dot(a[0], b[0]), (a[1:], b[1:]), unroll=4)[0]
 
 
-def panels(width: int) -> list[tuple[int, int]]:
+def column_chunks(width: int) -> list[tuple[int, int]]:
   """Column ranges whose rows of a Gram's triangle are computed at once."""
-  count = 1 if width < 2 * PANEL else max(2, width // WIDE)
+  count = 1 if width < 2 * UNCUT else max(2, width // WIDE)
   ends = np.linspace(0, width, count + 1).astype(int).tolist()
   return list(zip(ends[:-1], ends[1:]))
 
 
 def gram(a: jax.Array, b: jax.Array) -> tuple[jax.Array, ...]:
-  """The upper triangle of a symmetric a^T b, in panels of whole rows."""
-  return tuple(product(a[:, s:e], b[:, s:]) for s, e in panels(a.shape[1]))
+  """The upper triangle of a symmetric a^T b, in chunks of whole rows."""
+  return tuple(
+    product(a[:, s:e], b[:, s:]) for s, e in column_chunks(a.shape[1])
+  )
 
 
-def _mirrored(parts: list[np.ndarray]) -> np.ndarray:
+def _mirrored(chunks: list[np.ndarray]) -> np.ndarray:
   """What `gram` returned, on the host -> symmetric [..., P, P]."""
-  width = parts[0].shape[-1]
-  out = np.zeros(parts[0].shape[:-2] + (width, width))
-  for (s, e), part in zip(panels(width), parts):
-    out[..., s:e, s:] = part
-  upper = np.triu(out)
-  return upper + np.triu(out, 1).swapaxes(-1, -2)
+  width = chunks[0].shape[-1]
+  upper = np.zeros(chunks[0].shape[:-2] + (width, width))
+  for (s, e), chunk in zip(column_chunks(width), chunks):
+    upper[..., s:e, s:] = chunk
+  return np.triu(upper) + np.triu(upper, 1).swapaxes(-1, -2)
 
 
 def _gram_chunk(params, x, weight):
@@ -219,25 +218,18 @@ def _gram_chunk(params, x, weight):
 def gram_of_chunks(mesh: jax.sharding.Mesh, rows: RowChunks) -> np.ndarray:
   """Sum of outer products [P, P] of rows on the mesh."""
   bounds = dict(gram=rows.square)
-  return sums(mesh, _gram_chunk, rows, (), bounds)[0]["gram"]
+  return exact_sums(mesh, _gram_chunk, rows, (), bounds)[0]["gram"]
 
 
 def gram_of(
   mesh: jax.sharding.Mesh, x: np.ndarray, mean: np.ndarray | None = None
 ) -> np.ndarray:
-  """Sum of outer products [E, E]: float32 chunks, exactly added.
-
-  Rows pass in waves, so the devices never hold more than a wave of them.
-
-  Args:
-    mesh: the mesh.
-    x: [n, E] float32.
-    mean: [E] float64 that rows are less by; None: nothing.
-  """
+  """Sum of outer products [E, E] of rows [n, E], less a mean [E]: float32
+  chunks, exactly added. The devices never hold more than a wave of rows."""
   total = np.zeros((x.shape[1],) * 2)
   for start in range(0, len(x), WAVE):
-    part = x[start : start + WAVE]
+    rows = x[start : start + WAVE]
     if mean is not None:
-      part = chunks.less(part, mean)
-    total += gram_of_chunks(mesh, place(mesh, part))
+      rows = less(rows, mean)
+    total += gram_of_chunks(mesh, place(mesh, rows))
   return total

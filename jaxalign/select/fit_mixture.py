@@ -62,14 +62,14 @@ def make_mixture(job: Job, arm: None, folder: Any) -> Made:
   with progress.bar("mixture", total, "starts") as tick:
     how = dict(labels=given, progress=tick)
     fitted = [
-      mixture.fit(job.mesh, x, options, seed=s, space=space, **how)
+      mixture.fit_mixture(job.mesh, x, options, seed=s, space=space, **how)
       for s in seeds
     ]
     halves = mixture_checks.held_out(job.mesh, x, options, responses=r, **how)
   matches = mixture_checks.component_labels(fitted[0], x, labels)
   files = ["mixture.npz", "log_likelihood.npy", "diagnostics.json"]
   if jax.process_index() == 0:
-    mixture.save(fitted[0], folder / files[0])
+    mixture.save_mixture(fitted[0], folder / files[0])
     scores = [mixture.log_likelihood(f, flat).reshape(n, r) for f in fitted]
     disk.write_array(folder / files[1], np.stack(scores))
     disk.write_json(folder / files[2], dict(held_out=halves, labels=matches))
@@ -77,7 +77,7 @@ def make_mixture(job: Job, arm: None, folder: Any) -> Made:
   # as the one that was kept.
   sweeps = sum(len(f.trace) for f in fitted) + len(fitted[0].trace) // 2
   count, directions = fitted[0].means.shape
-  sweep = em.flops(len(x), directions, count, options.covariance)
+  sweep = em.em_flops(len(x), directions, count, options.covariance)
   flops = 2 * len(x) * width**2 + options.starts * sweeps * sweep
   return files, Cost(flops), dict(warnings=fitted[0].warnings)
 

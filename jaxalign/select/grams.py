@@ -1,12 +1,14 @@
 """Counts of hashed tokens and pairs of tokens: features without a model."""
 
+import itertools
+
 import numpy as np
 
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.embed.store import scratch
 
 WIDTH = 1024  # columns; the first half counts tokens, the second pairs
-_BLOCK = 4096  # rows of tokens counted at once
+_COUNTED = 4096  # rows of tokens counted at once
 _SCORED = 1 << 16  # rows scored at once
 
 
@@ -34,24 +36,20 @@ def counts(rows: tokens_lib.TokenRows, width: int = WIDTH) -> np.ndarray:
   n, half = len(rows.start), width // 2
   out = scratch((n, width), np.uint8)
   size = tokens_lib.row_lengths(rows)
-  for first in range(0, n, _BLOCK):
-    last = min(first + _BLOCK, n)
+  for first in range(0, n, _COUNTED):
+    last = min(first + _COUNTED, n)
     low, high = rows.offsets[first], rows.offsets[last]
     ids = np.asarray(rows.ids[low:high], np.int64)
     row = np.repeat(np.arange(last - first), size[first:last])
     place = np.arange(low, high) - rows.offsets[first:last][row]
-    said = place >= rows.start[first:last][row]
-    pair = said[1:] & said[:-1] & (row[1:] == row[:-1])
-    cell = np.concatenate(
-      [
-        row[said] * width + bucket(ids[said], half),
-        row[1:][pair] * width
-        + half
-        + bucket((1 << 62) + ids[:-1][pair] * (1 << 31) + ids[1:][pair], half),
-      ]
-    )
-    found = np.bincount(cell, minlength=(last - first) * width)
-    out[first:last] = np.minimum(found, 255).reshape(-1, width)
+    response = place >= rows.start[first:last][row]
+    token = row[response] * width + bucket(ids[response], half)
+    both = response[1:] & response[:-1] & (row[1:] == row[:-1])
+    code = (1 << 62) + ids[:-1][both] * (1 << 31) + ids[1:][both]
+    pair = row[1:][both] * width + half + bucket(code, half)
+    cells = (last - first) * width
+    count = np.bincount(np.concatenate([token, pair]), minlength=cells)
+    out[first:last] = np.minimum(count, 255).reshape(-1, width)
   return out
 
 
@@ -61,12 +59,12 @@ def overlap(rows: tokens_lib.TokenRows) -> np.ndarray:
   out = np.zeros((len(rows.start), 2), np.float32)
   for i, start in enumerate(rows.start):
     ids = np.asarray(rows.ids[rows.offsets[i] : rows.offsets[i + 1]]).tolist()
-    asked, said = ids[:start], ids[start:]
-    tokens = set(asked)
-    pairs = set(zip(asked, asked[1:])) | set(zip(asked[1:], asked))
+    prompt, response = ids[:start], ids[start:]
+    tokens, pairs = set(prompt), set(itertools.pairwise(prompt))
+    pairs |= {(b, a) for a, b in pairs}
     out[i] = (
-      sum(t in tokens for t in said),
-      sum(p in pairs for p in zip(said, said[1:])),
+      sum(t in tokens for t in response),
+      sum(p in pairs for p in itertools.pairwise(response)),
     )
   return out
 

@@ -22,7 +22,7 @@ import numpy as np
 from jaxalign.core import disk
 from jaxalign.core.errors import ConfigError, CorruptError, NumericError
 from jaxalign.select import em
-from jaxalign.select.em import COVARIANCES, Gaussians, KNOB
+from jaxalign.select.em import Gaussians, KNOB
 from jaxalign.select.whiten import (
   centred,
   LABELS,
@@ -44,13 +44,10 @@ class Mixture(NamedTuple):
   log_weights: np.ndarray  # [K]
   means: np.ndarray  # [K, P]
   covariances: np.ndarray  # [K, P, P]; [K, P] where diagonal
-  trace: np.ndarray  # [iterations], mean bound per row, the start kept
+  trace: np.ndarray  # [iterations], mean bound per row, of the best start
   bounds: np.ndarray  # [starts], where each ended; NaN where it failed
   explained: float
   warnings: list[str]
-
-
-# Where EM begins.
 
 
 def _k_means(
@@ -79,24 +76,6 @@ def _k_means(
   return labels
 
 
-def _start(
-  space: Space, options: MixtureOptions, rng: np.random.Generator
-) -> Gaussians | None:
-  """Parameters of a k-means partition of some of the rows."""
-  rows = space.z
-  if len(rows) > START_ROWS:
-    rows = rows[np.sort(rng.choice(len(rows), START_ROWS, replace=False))]
-  # Distances before whitening: the large directions hold the clusters.
-  scaled = rows * np.sqrt(space.variances)
-  labels = _k_means(scaled, options.components, rng)
-  return em.partition(
-    rows, labels, options.components, options.ridge, options.covariance
-  )
-
-
-# The fit.
-
-
 def components_of(value: Any) -> int | str:
   """A knob's text or number -> K, or "labels".
 
@@ -118,15 +97,7 @@ def components_of(value: Any) -> int | str:
 
 
 class _StartFailed(Exception):
-  """A start that lost a component twice; another start may do better."""
-
-
-class _EMRun(NamedTuple):
-  """EM from one start."""
-
-  g: Gaussians
-  trace: list[float]
-  converged: bool
+  """A component kept too few rows twice; another start may do better."""
 
 
 def _least_rows(options: MixtureOptions, width: int) -> int:
@@ -134,16 +105,25 @@ def _least_rows(options: MixtureOptions, width: int) -> int:
   return width + 1 if options.covariance == "full" else 2
 
 
-def _run(
-  sweep: Callable,
-  g: Gaussians | None,
-  z: np.ndarray,
-  options: MixtureOptions,
-  rng: np.random.Generator,
-) -> _EMRun:
-  """EM from the parameters g on whitened rows [n, P]."""
+def _first(space, labels, options, rng) -> Gaussians:
+  """Parameters of a partition: the given one, or k-means of some rows."""
+  rows = space.z
+  if labels is None:
+    if len(rows) > START_ROWS:
+      rows = rows[np.sort(rng.choice(len(rows), START_ROWS, replace=False))]
+    # Distances before whitening: the large directions hold the clusters.
+    scaled = rows * np.sqrt(space.variances)
+    labels = _k_means(scaled, options.components, rng)
+  g = em.partition(
+    rows, labels, options.components, options.ridge, options.covariance
+  )
   if g is None:
     raise _StartFailed("a component had no rows to start from")
+  return g
+
+
+def _run(sweep, g, z, options, rng) -> tuple[Gaussians, list[float]]:
+  """EM from the parameters g on whitened rows [n, P] -> (g, its trace)."""
   width = z.shape[1]
   # Fewer rows would leave a bound that is high for the ridge's sake only.
   least = _least_rows(options, width)
@@ -173,69 +153,35 @@ def _run(
         f"iteration {len(trace)}; lower {KNOB}.pca or raise the ridge"
       )
     trace.append(bound)
-    converged = len(trace) > 1 and trace[-1] - trace[-2] < options.tol
-    if converged or len(trace) >= options.max_iterations:
-      return _EMRun(g, trace, converged)
+    if _converged(trace, options) or len(trace) >= options.max_iterations:
+      return g, trace
     g = em.m_step(moments, g.means, options.ridge, options.covariance)
 
 
-def _check_options(o: MixtureOptions, labels: np.ndarray | None) -> None:
-  if o.covariance not in COVARIANCES:
-    raise ConfigError(
-      f"covariance {o.covariance!r} is unknown, wanted one of "
-      f"{', '.join(COVARIANCES)}; set {KNOB}.covariance"
-    )
-  if o.starts < 1 or o.max_iterations < 1 or not 0 <= o.ridge < np.inf:
-    raise ConfigError(
-      f"starts={o.starts}, max_iterations={o.max_iterations}, "
-      f"ridge={o.ridge}; wanted 1 or more, 1 or more, 0 or more;"
-      f" set {KNOB}"
-    )
-  if o.components == LABELS:
-    if labels is None:
-      raise ConfigError(
-        "components='labels' needs the label of every row; "
-        f"pass labels or set {KNOB}.components to a number"
-      )
-  elif isinstance(o.components, (bool, str)) or o.components < 1:
-    raise ConfigError(
-      f"components is {o.components!r}, wanted 1 or more or "
-      f"'labels'; set {KNOB}.components"
-    )
+def _converged(trace: list[float], options: MixtureOptions) -> bool:
+  return len(trace) > 1 and trace[-1] - trace[-2] < options.tol
 
 
-def _checked_labels(
-  labels: np.ndarray, n: int, components: int | str
-) -> tuple[np.ndarray, int]:
-  """[n] int64 labels and the number of components they are read as."""
-  labels = np.asarray(labels)
-  wanted = LABELS if components == LABELS else f"0 to {components} - 1"
-  if (
-    labels.shape != (n,)
-    or labels.dtype.kind not in "biu"
-    or (labels < 0).any()
-    or (components != LABELS and (labels >= components).any())
-  ):
+def _labels_of(options: MixtureOptions, labels: Any) -> np.ndarray:
+  """[n] int64 labels that the components can be fitted to."""
+  if labels is None:
     raise ConfigError(
-      f"labels have shape {labels.shape} and type "
-      f"{labels.dtype}, wanted [{n}] ints from 0 ({wanted}); "
-      f"set {KNOB}.components"
+      "components='labels' needs the label of every row; "
+      f"pass labels or set {KNOB}.components to a number"
     )
-  labels = labels.astype(np.int64)
-  if components != LABELS:
-    return labels, components
+  labels = np.asarray(labels).astype(np.int64)
   count = np.bincount(labels)
-  if len(count) < 2 or count.min() < 2:
-    named = ", ".join(f"{c} of label {i}" for i, c in enumerate(count))
+  if options.components == LABELS and (len(count) < 2 or count.min() < 2):
+    each = ", ".join(f"{c} of label {i}" for i, c in enumerate(count))
     raise ConfigError(
-      f"the rows have {named}; one Gaussian per label wants "
+      f"the rows have {each}; one Gaussian per label wants "
       "two labels or more and two rows of each; set "
       f"{KNOB}.components to a number"
     )
-  return labels, len(count)
+  return labels
 
 
-def fit(
+def fit_mixture(
   mesh: jax.sharding.Mesh,
   x: np.ndarray,
   options: MixtureOptions = MixtureOptions(),
@@ -255,8 +201,8 @@ def fit(
   Args:
     mesh: where the sums over rows are computed.
     x: [n, E] float32, finite; in id order (both sides of a pair are rows).
-    options: with components="labels" there is no EM, but a closed form:
-      `starts`, `tol` and `max_iterations` are not read.
+    options: checked by the command; with components="labels" there is no EM,
+      but a closed form: `starts`, `tol` and `max_iterations` are not read.
     seed: any int.
     labels: [n] ints from 0. With a number of components: one start, from this
       partition of the rows.
@@ -264,19 +210,20 @@ def fit(
     progress: called as tick(1, note) after each start.
 
   Returns:
-    Mixture; `warnings` says what a person should know of the fit.
+    Mixture; its `warnings` are for a person who reads the fit.
 
   Raises:
     NumericError: rows that are not finite, no variance, a likelihood that is
       not finite or falls.
-    ConfigError: a bad option, too few rows, one label only, or no start kept
-      all components.
+    ConfigError: too few rows, one label only, or no start kept all components.
   """
-  _check_options(options, labels)
-  if labels is not None:
-    labels, count = _checked_labels(labels, len(x), options.components)
-    closed = dict(max_iterations=1) if options.components == LABELS else {}
-    options = options._replace(components=count, starts=1, **closed)
+  closed = options.components == LABELS
+  if closed or labels is not None:
+    labels = _labels_of(options, labels)
+    options = options._replace(starts=1)
+  if closed:
+    count = int(labels.max()) + 1
+    options = options._replace(components=count, max_iterations=1)
   space = space or whiten(mesh, x, options)
   sweep = em.sweep_of(mesh, space.z, options.ridge, options.covariance)
   best, bounds, reasons = None, [], []
@@ -284,15 +231,10 @@ def fit(
     key = np.array([seed % 2**64, number], np.uint64)
     rng = np.random.Generator(np.random.Philox(key=key))
     try:
-      if labels is None:
-        start = _start(space, options, rng)
-      else:
-        start = em.partition(
-          space.z, labels, count, options.ridge, options.covariance
-        )
-      run = _run(sweep, start, space.z, options, rng)
-      bounds.append(run.trace[-1])
-      if best is None or run.trace[-1] > best.trace[-1]:
+      first = _first(space, labels, options, rng)
+      run = _run(sweep, first, space.z, options, rng)
+      bounds.append(run[1][-1])
+      if best is None or bounds[-1] > best[1][-1]:
         best = run
     except _StartFailed as error:
       bounds.append(np.nan)
@@ -304,51 +246,46 @@ def fit(
       f"all {len(bounds)} starts failed: {reasons[-1]}; lower "
       f"{KNOB}.components or pca, or set covariance to 'tied' or 'diag'"
     )
-  warnings = _warnings(best, space.z.shape, options)
+  g, trace = best
+  warnings = _warnings(g, trace, space.z.shape, options)
   if reasons:
     warnings.append(
       f"{len(reasons)} of {len(bounds)} starts failed: {reasons[-1]}"
     )
   volume = -0.5 * np.log(space.variances).sum()
-  curves = np.array(best.trace) + volume, np.array(bounds) + volume
-  return Mixture(*space[:3], *best.g, *curves, space.explained, warnings)
+  curves = np.array(trace) + volume, np.array(bounds) + volume
+  return Mixture(*space[:3], *g, *curves, space.explained, warnings)
 
 
-def _warnings(
-  run: _EMRun, shape: tuple[int, int], options: MixtureOptions
-) -> list[str]:
-  """What a person should know of a fit to rows of this shape."""
+def _warnings(g, trace, shape, options) -> list[str]:
+  """What to look at in a fit to rows of this shape."""
   (n, width), out = shape, []
   if n < 40 * width:
     out.append(
       f"{n} rows for {width} directions, below 40 per direction:"
       f" the mixture may memorise rows; lower {KNOB}.pca"
     )
-  fewest, least = (
-    n * np.exp(run.g.log_weights.min()),
-    _least_rows(options, width),
-  )
-  if options.max_iterations == 1 and fewest < least:
+  fewest = n * np.exp(g.log_weights.min())
+  least = _least_rows(options, width)
+  if options.max_iterations == 1:
+    if fewest < least:
+      out.append(
+        f"a label has {fewest:.0f} rows, below the {least} that "
+        f"{options.covariance} covariances in {width} directions need: "
+        f"its covariance is mostly ridge; lower {KNOB}.pca"
+      )
+  elif not _converged(trace, options):
     out.append(
-      f"a label has {fewest:.0f} rows, below the {least} that "
-      f"{options.covariance} covariances in {width} directions need: "
-      f"its covariance is mostly ridge; lower {KNOB}.pca"
-    )
-  if not run.converged and options.max_iterations > 1:
-    out.append(
-      f"EM stopped after {len(run.trace)} iterations, still gaining "
+      f"EM stopped after {len(trace)} iterations, still gaining "
       f"more than {options.tol} per row; raise max_iterations"
     )
   return out
 
 
-# Reading a mixture.
-
-
 def log_joint(mixture: Mixture, x: np.ndarray) -> np.ndarray:
   """[n, E] rows -> [n, K] float64 log(weight * density), nats.
 
-  The density is that of the P kept directions before whitening. In tiles, so
+  The density is that of the P kept directions before whitening. In chunks, so
   `x` may be mapped from a file; on the host: this decides the selection.
   """
   if x.ndim != 2 or x.shape[1] != mixture.mean.size:
@@ -359,8 +296,8 @@ def log_joint(mixture: Mixture, x: np.ndarray) -> np.ndarray:
   factors = em.factors_of(g)
   volume = 0.5 * np.log(mixture.variances).sum()
   out = np.empty((len(x), len(g.means)))
-  for rows, tile in centred(x, mixture.mean):
-    z = tile @ mixture.projection
+  for rows, chunk in centred(x, mixture.mean):
+    z = chunk @ mixture.projection
     joint = em.log_joint(factors, g.means, z) - volume
     out[rows] = joint[: rows.stop - rows.start]
   return out
@@ -378,7 +315,7 @@ def assign(mixture: Mixture, x: np.ndarray) -> np.ndarray:
   return log_joint(mixture, x).argmax(axis=1)
 
 
-def save(mixture: Mixture, path: Any) -> None:
+def save_mixture(mixture: Mixture, path: Any) -> None:
   """Writes one .npz, no pickle, in place of what was there in one step."""
   arrays = mixture._asdict() | {"warnings": json.dumps(mixture.warnings)}
   buffer = io.BytesIO()
@@ -386,8 +323,8 @@ def save(mixture: Mixture, path: Any) -> None:
   disk.write_bytes(path, buffer.getvalue())
 
 
-def load(path: Any) -> Mixture:
-  """Reads what `save` wrote.
+def load_mixture(path: Any) -> Mixture:
+  """Reads what `save_mixture` wrote.
 
   Raises:
     CorruptError: the file is damaged or something else.

@@ -9,6 +9,20 @@ import numpy as np
 from jaxalign.core.errors import ConfigError, NumericError
 
 
+def few_ids(ids: Any) -> str:
+  """The first five, for a message."""
+  return ", ".join(map(str, ids[:5])) + (", ..." if len(ids) > 5 else "")
+
+
+def refuse_rows(bad: np.ndarray, ids: np.ndarray, what: str, advice: str):
+  """Raises NumericError that names the ids of `bad` [N] rows, if any."""
+  if bad.any():
+    raise NumericError(
+      f"{int(bad.sum())} of {len(ids)} rows have {what} "
+      f"(ids {few_ids(ids[bad])}); {advice}"
+    )
+
+
 def id_hash(ids: np.ndarray, salt: str = "") -> np.ndarray:
   """[n] ids -> [n] uint64, blake2b of the id; the salt makes another stream.
 
@@ -17,17 +31,17 @@ def id_hash(ids: np.ndarray, salt: str = "") -> np.ndarray:
   key = hashlib.blake2b(salt.encode(), digest_size=32).digest()
   fresh = hashlib.blake2b(digest_size=8, key=key).copy
   ids = np.asarray(ids)
-  if ids.dtype.kind != "S":
-    ids = [i.encode() for i in np.asarray(ids, dtype=np.str_).tolist()]
+  if ids.dtype.kind == "S":
+    encoded = ids.tolist()
   else:
-    ids = ids.tolist()
+    encoded = [i.encode() for i in ids.astype(np.str_).tolist()]
 
   def digest(record: bytes) -> bytes:
-    one = fresh()
-    one.update(record)
-    return one.digest()
+    state = fresh()
+    state.update(record)
+    return state.digest()
 
-  return np.frombuffer(b"".join(map(digest, ids)), ">u8").astype(np.uint64)
+  return np.frombuffer(b"".join(map(digest, encoded)), ">u8").astype(np.uint64)
 
 
 def uniform(seed: int, ids: np.ndarray, purpose: str) -> np.ndarray:
@@ -54,7 +68,7 @@ def gumbel(seed: int, ids: np.ndarray, purpose: str) -> np.ndarray:
 def pick(
   value: np.ndarray, rows: np.ndarray, ids: np.ndarray, tolerance: float = 0.0
 ) -> int:
-  """Where `value` is highest; the hash of the id decides between equals.
+  """The place where `value` is highest; a hash of the id decides ties.
 
   Args:
     value: [n] float64, no NaN.
@@ -62,23 +76,26 @@ def pick(
     ids: [N] record ids.
     tolerance: values this close to the highest count as equal to it: what
       rounding may have put between two copies of a row.
-
-  Returns:
-    A place in `value`.
   """
-  best = value.max()
-  tied = np.flatnonzero(value >= best - tolerance)
+  tied = np.flatnonzero(value >= value.max() - tolerance)
   if tied.size == 1:
     return int(tied[0])
-  order = np.lexsort((rows[tied], id_hash(ids[rows[tied]])))
-  return int(tied[order[0]])
+  return int(tied[np.lexsort((rows[tied], id_hash(ids[rows[tied]])))[0]])
+
+
+def largest(value: np.ndarray, rows: np.ndarray, size: int) -> np.ndarray:
+  """The `size` of the rows [n] whose value [N] is largest, ascending."""
+  if len(rows) <= size:
+    return rows
+  order = np.argpartition(value[rows], len(rows) - size)
+  return np.sort(rows[order[-size:]])
 
 
 def top(score: np.ndarray, ids: np.ndarray, m: int) -> np.ndarray:
   """Row numbers [m] int64 of the m highest scores, best first.
 
-  Equal scores are ordered by a hash of the record id, so no order in the
-  input, and no habit of whoever made the ids, decides between them.
+  Equal scores are ordered by a hash of the record id, so neither the order of
+  the input nor how the ids were made decides between them.
 
   Args:
     score: [n] float64, no NaN; infinities are ranked.
@@ -89,15 +106,8 @@ def top(score: np.ndarray, ids: np.ndarray, m: int) -> np.ndarray:
     NumericError: a score is NaN; the message names the ids.
   """
   score = np.asarray(score, np.float64)
-  bad = np.flatnonzero(np.isnan(score))
-  if bad.size:
-    named = ", ".join(str(ids[i]) for i in bad[:5])
-    more = ", ..." if bad.size > 5 else ""
-    raise NumericError(
-      f"{bad.size} of {score.size} rows have a NaN score "
-      f"(ids {named}{more}); wanted finite numbers, look at "
-      "the embedding of those records"
-    )
+  advice = "wanted finite numbers, look at the embedding of those records"
+  refuse_rows(np.isnan(score), ids, "a NaN score", advice)
   if not 0 <= m <= score.size:
     raise ConfigError(
       f"cannot take the best {m} of {score.size} rows; set config.select.budget"
@@ -118,7 +128,7 @@ def budget_rows(budget: Any, n: int, batch: int = 1) -> int:
   """How many rows a budget buys.
 
   Args:
-    budget: a float in (0, 1] is a share of the rows, rounded to the nearest
+    budget: a float in (0, 1] is a fraction of the rows, rounded to the nearest
       whole row (1.0 is all of them); an int is a number of rows (1 is one).
     n: rows of the pool.
     batch: rows of one training batch; fewer cannot fill a single step.
@@ -126,31 +136,29 @@ def budget_rows(budget: Any, n: int, batch: int = 1) -> int:
   Raises:
     ConfigError: not a number, zero, negative, above n, or below one batch.
   """
-  knob = "; set config.select.budget"
-  if isinstance(budget, (bool, np.bool_)) or not isinstance(
-    budget, numbers.Real
-  ):
+  knob = "set config.select.budget"
+  if isinstance(budget, bool) or not isinstance(budget, numbers.Real):
     raise ConfigError(
-      f"budget is {budget!r}, wanted a share in (0, 1] or a "
-      f"whole number of rows{knob}"
+      f"budget is {budget!r}, wanted a fraction in (0, 1] or a whole number of "
+      f"rows; {knob}"
     )
+  m = budget
   if isinstance(budget, numbers.Integral):
-    m = int(budget)
-    if not 1 <= m <= n:
+    if not 1 <= budget <= n:
       raise ConfigError(
-        f"budget is {m} rows, wanted 1 to {n}, the rows of the pool{knob}"
-      )
-  else:
-    if not 0.0 < budget <= 1.0:  # also catches NaN
-      raise ConfigError(
-        f"budget is the share {budget}, wanted above 0 and at "
-        f"most 1 (a number of rows is written as an int)"
+        f"budget is {budget} rows, wanted 1 to {n}, the rows of the pool; "
         f"{knob}"
       )
-    m = int(np.floor(float(budget) * n + 0.5))
+  elif 0.0 < budget <= 1.0:
+    m = np.floor(float(budget) * n + 0.5)
+  else:  # NaN too
+    raise ConfigError(
+      f"budget is the fraction {budget}, wanted above 0 and at most 1 (a "
+      f"number of rows is written as an int); {knob}"
+    )
   if m < batch:
     raise ConfigError(
-      f"budget {budget} of {n} rows is {m} rows, below one "
-      f"batch of {batch}{knob} or config.train.batch_size"
+      f"budget {budget} of {n} rows is {int(m)} rows, below one batch of "
+      f"{batch}; {knob} or config.train.batch_size"
     )
-  return m
+  return int(m)

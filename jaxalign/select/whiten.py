@@ -8,7 +8,8 @@ import numpy as np
 
 from jaxalign.core.errors import ConfigError, NumericError
 from jaxalign.select import exact
-from jaxalign.select.em import KNOB, TILE
+from jaxalign.select.em import CHUNK, KNOB
+from jaxalign.select.topk import few_ids
 
 LABELS = "labels"  # components: one Gaussian per label
 
@@ -36,14 +37,14 @@ class Space(NamedTuple):
 
 
 def centred(x: np.ndarray, mean: np.ndarray) -> Iterator:
-  """(rows, x[rows] - mean) in tiles of TILE rows, the last filled with zeros:
-  the bits of a row's product depend on nothing but the row."""
-  tile = np.zeros((TILE, x.shape[1]))
-  for start in range(0, len(x), TILE):
-    part = x[start : start + TILE]
-    tile[: len(part)] = part - mean
-    tile[len(part) :] = 0
-    yield slice(start, start + len(part)), tile
+  """(rows, x[rows] - mean) by CHUNK rows, the last filled with zeros: the
+  bits of a row's product depend on nothing but the row."""
+  chunk = np.zeros((CHUNK, x.shape[1]))
+  for start in range(0, len(x), CHUNK):
+    some = x[start : start + CHUNK]
+    chunk[: len(some)] = some - mean
+    chunk[len(some) :] = 0
+    yield slice(start, start + len(some)), chunk
 
 
 def _check_rows(x: np.ndarray, components: int) -> None:
@@ -55,19 +56,15 @@ def _check_rows(x: np.ndarray, components: int) -> None:
       f"{components} components need as many rows, found "
       f"{x.shape[0]}; set {KNOB}.components"
     )
-  parts = [x[s : s + TILE] for s in range(0, len(x), TILE)]
-  bad = np.flatnonzero(
-    np.concatenate([~np.isfinite(part).all(axis=1) for part in parts])
-  )
-  if bad.size:
-    named = ", ".join(str(i) for i in bad[:5])
-    more = ", ..." if bad.size > 5 else ""
+  chunks = [x[s : s + CHUNK] for s in range(0, len(x), CHUNK)]
+  finite = np.concatenate([np.isfinite(some).all(axis=1) for some in chunks])
+  if not finite.all():
+    bad = np.flatnonzero(~finite)
     raise NumericError(
       f"{bad.size} of {x.shape[0]} embeddings are not finite "
-      f"(rows {named}{more}); look at the embedding of those "
-      "records"
+      f"(rows {few_ids(bad)}); look at the embedding of those records"
     )
-  if all((part == x[:1]).all() for part in parts):
+  if all((some == x[:1]).all() for some in chunks):
     raise NumericError(
       f"all {x.shape[0]} embeddings are the same vector; look at config.embed"
     )
@@ -120,10 +117,10 @@ def whiten(
   # rounding would be the variance of a direction in which nothing varies.
   z = np.empty((n, keep), np.float32)
   square = np.zeros(keep)
-  for rows, tile in centred(x, mean):
-    part = (tile @ directions)[: rows.stop - rows.start]
-    square += (part**2).sum(axis=0)
-    z[rows] = part
+  for rows, chunk in centred(x, mean):
+    along = (chunk @ directions)[: rows.stop - rows.start]
+    square += (along**2).sum(axis=0)
+    z[rows] = along
   variances = square / n
   kept = variances > 1e-10 * variances.max()
   scale = 1 / np.sqrt(variances[kept])

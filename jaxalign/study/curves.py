@@ -15,8 +15,8 @@ import numpy as np
 from jaxalign.data.batches import updates
 from jaxalign.model.job import Arm, arm_folder, Job
 from jaxalign.select.topk import budget_rows
-from jaxalign.study import plateau
 from jaxalign.study.outcomes import Outcomes
+from jaxalign.study.plateau import fit_plateau, LEAST
 
 METRIC = "win_vs_target"
 LABEL = (
@@ -33,13 +33,13 @@ def curve_arms(job: Job, arms: list[Arm]) -> list[tuple[int, Arm]]:
     for a in arms
     if not a.like and (a.is_all or a.sampler == job.c.select.sampler)
   ]
-  return found if len({m for m, _ in found}) >= plateau.LEAST else []
+  return found if len({m for m, _ in found}) >= LEAST else []
 
 
 def budget_curve(
   job: Job, outcomes: Outcomes, arms: list[Arm], baseline: str
 ) -> dict[str, Any] | None:
-  """`plateau.fit` of win rate over the percentage of the data.
+  """`fit_plateau` of win rate over the percentage of the data.
 
   The baseline is the point without data. All points share their prompts, so
   the intervals are about more seeds, not about other prompts.
@@ -53,7 +53,7 @@ def budget_curve(
   if baseline in outcomes.wins:
     x, names = [0.0, *x], [baseline, *names]
   y = [100 * float(np.nanmean(outcomes.wins[name])) for name in names]
-  fit = plateau.fit(x, y)
+  fit = fit_plateau(x, y)
   fit["words"] += _bounded(job, [m for m, _ in points])
   return fit | dict(
     sampler=job.c.select.sampler,
@@ -102,7 +102,7 @@ def checkpoint_points(job: Job, arms: list[Arm]) -> list[tuple[float, float]]:
 def checkpoint_curve(
   job: Job, arms: list[Arm], baseline: np.ndarray | None
 ) -> dict[str, Any] | None:
-  """`plateau.fit` through checkpoints, its words labelled; None for too few.
+  """`fit_plateau` through checkpoints, its words labelled; None for too few.
 
   Args:
     job: the run.
@@ -110,11 +110,11 @@ def checkpoint_curve(
     baseline: outcomes by prompt of the policy before alignment, the point at 0.
   """
   points = checkpoint_points(job, arms)
-  if len({x for x, _ in points}) < plateau.LEAST:
+  if len({x for x, _ in points}) < LEAST:
     return None
   if baseline is not None:
     points.insert(0, (0.0, 100 * float(np.nanmean(baseline))))
-  fit = plateau.fit(*zip(*points))
+  fit = fit_plateau(*zip(*points))
   first, *rest = fit["words"]
   words = [f"{LABEL}: {first}", *rest]
   return fit | dict(metric=METRIC, cheap=True, words=words)

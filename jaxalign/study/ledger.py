@@ -26,18 +26,8 @@ from jaxalign.train.statistics import needs_batch_logps
 from jaxalign.train.training_cost import training_cost
 
 SELECTION = (
-  "embed",
-  "logps",
-  "answer",
-  "residual",
-  "alone",
-  "ask",
-  "rewards",
-  "proxy",
-  "held_out",
-  "mixture",
-  "select",
-)
+  "embed logps answer residual alone ask rewards proxy held_out mixture select"
+).split()
 
 
 def stage_lines(records: dict[tuple[str, str], Record]) -> list[dict[str, Any]]:
@@ -115,7 +105,7 @@ def ledger_of(job: Job, arms: list[Arm]) -> dict[str, Any]:
 
 def cost_of(job: Job, arm: Arm) -> dict[str, int]:
   """`arm_flops` of an arm of a job."""
-  c, sampler = job.c, chains.named(arm.sampler)
+  c, sampler = job.c, chains.find_sampler(arm.sampler)
   read = columns.before(c, columns.stages(c, job.kind, sampler))
   tokens, layers = job.tokens("pool"), c.embed.layers
   # Of a pass that arms share, what this one alone would have taken of it.

@@ -21,7 +21,7 @@ from jaxalign.core.errors import ConfigError, DataError
 from jaxalign.core.progress import say
 from jaxalign.model.job import Arm, Job
 from jaxalign.select.topk import budget_rows
-from jaxalign.study import plateau
+from jaxalign.study.plateau import enough, LEAST
 from jaxalign.train.ref_logps import updates_of
 
 AUTO = "auto"
@@ -40,7 +40,7 @@ def with_direction(name: str, direction: str) -> str:
   return _OPEN.sub(f"direction={direction}", name)
 
 
-def refuse(c: Any, command: str) -> None:
+def refuse_open(c: Any, command: str) -> None:
   """For commands that train no policy to compare, or one only."""
   if is_open(c):
     raise ConfigError(
@@ -80,7 +80,7 @@ def _changed(
   return out
 
 
-def check(c: Any) -> None:
+def check_pilot(c: Any) -> None:
   """Raises ConfigError for knobs of a pilot that cannot work."""
   if _OPEN.search(c.select.sampler) and not re.fullmatch(
     r"[\w:.]+\(.*\)", c.select.sampler
@@ -102,7 +102,7 @@ def check(c: Any) -> None:
       f"pilot.seeds={c.pilot.seeds}, wanted 1 or more; set config.pilot.seeds"
     )
   if c.select.budget == AUTO:
-    if len(set(c.pilot.budgets)) < plateau.LEAST:
+    if len(set(c.pilot.budgets)) < LEAST:
       raise ConfigError(
         f"pilot.budgets={tuple(c.pilot.budgets)}, wanted four "
         "different ones or more: a curve has three numbers; "
@@ -122,7 +122,7 @@ def settle(job: Job, study: Callable[[Job], Any]) -> list[str]:
     study: `study(job)` runs all arms of a pilot and writes its summary.
 
   Returns:
-    What may be said of it, sentences for the large study's report.
+    What it allows one to say, sentences for the large study's report.
 
   Raises:
     ConfigError: a pilot that takes more than config.pilot.most of what it
@@ -213,7 +213,7 @@ def _advice(job: Job, summary: dict[str, Any], cost: float) -> tuple[int, str]:
       "raise config.pilot.seeds or config.eval.prompts, or set "
       f"config.select.budget; see {job.workdir}/{page}"
     )
-  near = plateau.enough(fit, 100 * MARGIN)
+  near = enough(fit, 100 * MARGIN)
   least = max(min(fit["rows"]), c.train.batch_size)
   rows = min(n, max(least, int(np.ceil(near["value"] / 100 * n))))
   takes = _updates_of(c, rows, rows, n) / _updates_of(c, 1.0, n, n)

@@ -18,9 +18,9 @@ from jaxalign.core.stage import JobSizes, required
 from jaxalign.data import build_data, prepare, sources
 from jaxalign.data.tokens import context_for
 from jaxalign.embed import embedder
-from jaxalign.model import decoder, hf, memory
+from jaxalign.model import decoder, memory
 from jaxalign.model.flops import decoder_flops
-from jaxalign.model.job import Arm, Job, kernel_of, lora_of, sizes
+from jaxalign.model.job import Arm, given_model, Job, kernel_of, lora_of, sizes
 from jaxalign.select import choose
 from jaxalign.select.samplers import vectors
 from jaxalign.train import host_memory
@@ -29,7 +29,7 @@ from jaxalign.train.statistics import needs_batch_logps
 from jaxalign.train.training_cost import row_passes
 
 
-class Sizes(NamedTuple):
+class DataSizes(NamedTuple):
   """How many rows of how many tokens a job will have."""
 
   rows: dict[str, int]  # records by split
@@ -38,7 +38,7 @@ class Sizes(NamedTuple):
   sample: Sequence[dict[str, Any]] = ()  # of the pool, where a source was read
 
 
-def _sizes(c: Any, kind: str) -> Sizes:
+def _sizes(c: Any, kind: str) -> DataSizes:
   """As assumed, as the world makes them, or estimated from the source."""
   unpaired = 2 if kind == "unpaired" else 1  # rows of a pair
   if c.data.assume:
@@ -47,14 +47,14 @@ def _sizes(c: Any, kind: str) -> Sizes:
     fractions = prepare.split_fractions(c)
     rows = {n: int(c.data.assume[0] * x) for n, x in fractions.items()}
     rows["pool"] *= unpaired
-    return Sizes(rows, dict.fromkeys(rows, float(mean)), context)
+    return DataSizes(rows, dict.fromkeys(rows, float(mean)), context)
   if prepare.is_world(c):
     w = c.data.world
     rows = {n: w[f"{n}_rows"] for n in build_data.SPLITS}
     rows["pool"] *= unpaired
     tokens = 6.0 + w.arguments + 1 + 4.5 + w.arguments
     padded = -(-int(tokens + 2) // 4) * 4
-    return Sizes(rows, dict.fromkeys(rows, tokens), padded)
+    return DataSizes(rows, dict.fromkeys(rows, tokens), padded)
   found, remarks = build_data.preview(c, _model(c).context)
   for line in remarks:
     say(f"  {line}")
@@ -72,7 +72,9 @@ def _sizes(c: Any, kind: str) -> Sizes:
     length.astype(np.int64), _model(c).context
   )
   mean = float(np.minimum(length, context).mean())
-  return Sizes(rows, dict.fromkeys(rows, mean), context, found.splits["pool"])
+  return DataSizes(
+    rows, dict.fromkeys(rows, mean), context, found.splits["pool"]
+  )
 
 
 def _all_rows(c: Any, found: build_data.SplitRows) -> dict[str, int]:
@@ -111,7 +113,7 @@ class Line(NamedTuple):
 
 def _model(c: Any) -> decoder.ModelConfig:
   if c.model.checkpoint:
-    return hf.read_config(c.model.checkpoint, c.model.dtype, c.model.remat)
+    return given_model(c)
   return sizes(c, c.model.vocab_size)
 
 
@@ -120,7 +122,10 @@ def _rate(job: Job) -> float:
 
 
 def plan_lines(
-  job: Job, arms: list[Arm], sizes: Sizes, goal: Sequence[str] = pipeline.STUDY
+  job: Job,
+  arms: list[Arm],
+  sizes: DataSizes,
+  goal: Sequence[str] = pipeline.STUDY,
 ) -> list[Line]:
   """The stages of a job in their order, with what each is expected to take.
 
@@ -155,7 +160,7 @@ def with_predictions(
   splits = {n: job.tokens(n) for n in ("sft", "pool", "held_out")}
   rows = {n: len(job.column(n, "id")) for n in splits}
   tokens = {n: len(x.ids) / max(1, len(x.start)) for n, x in splits.items()}
-  lines = plan_lines(job, arms, Sizes(rows, tokens))
+  lines = plan_lines(job, arms, DataSizes(rows, tokens))
   planned = {(x.stage, x.arm): x for x in lines}
   out = []
   for line in ledger:
@@ -189,7 +194,7 @@ def show_plan(
   for x in lines:
     name = f"{x.stage} {x.arm}".strip()
     say(
-      f"  {name:<28}{x.count:>9,} {x.unit:<8}{x.flops:>10.2e} flops  about "
+      f"  {name:<27} {x.count:>9,} {x.unit:<8}{x.flops:>10.2e} flops  about "
       f"{duration(x.seconds)}"
     )
   say(
@@ -205,7 +210,7 @@ def show_plan(
 
 
 def _training_lines(
-  job: Job, arms: list[Arm], z: Sizes, m: decoder.ModelConfig
+  job: Job, arms: list[Arm], z: DataSizes, m: decoder.ModelConfig
 ) -> Iterator[str]:
   """What selecting saves of aligning on the pool, and memory."""
   c, device = job.c, job.mesh.devices.flat[0]
@@ -255,14 +260,14 @@ def aligning_all(job: Job, m: decoder.ModelConfig, rows: int, t: int) -> float:
   )
 
 
-def _selecting(job: Job, arm: Arm, z: Sizes) -> list[Line]:
+def _selecting(job: Job, arm: Arm, z: DataSizes) -> list[Line]:
   """The lines of all that an arm's selection takes, were it the only arm."""
   lines = plan_lines(job, [arm], z, ("select",))
   return [x for x in lines if x.stage != "sft"]
 
 
 def _sampler_lines(
-  job: Job, arms: list[Arm], z: Sizes, m: decoder.ModelConfig
+  job: Job, arms: list[Arm], z: DataSizes, m: decoder.ModelConfig
 ) -> Iterator[str]:
   """One line for each sampler and budget: all that selecting takes."""
   width = embedder.choose(job.c, m).model.width

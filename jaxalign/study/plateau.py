@@ -64,27 +64,24 @@ CURVES: dict[str, _Curve] = {
 }
 
 
+Fixed = tuple[int, float]  # 0 for a or 1 for r, and its value
+
+
 def _solve(
-  name: str,
-  shape: float,
-  x: np.ndarray,
-  y: np.ndarray,
-  fixed: tuple[int, float] | None = None,
+  name: str, shape: float, x: np.ndarray, y: np.ndarray, fixed: Fixed | None
 ) -> tuple[float, np.ndarray]:
   """Sum of squares and the two linear numbers, given the shape.
 
-  For a profile one is `fixed`: (0 for a or 1 for r, its value).
+  For a profile one of these is `fixed`.
   """
   basis = np.stack(CURVES[name].weights(x, shape), axis=1)
   low, high = _PERCENT
-
-  def miss(numbers: np.ndarray) -> float:
-    return float(((y - basis @ numbers) ** 2).sum())
+  miss = lambda numbers: float(((y - basis @ numbers) ** 2).sum())
 
   def held(which: int, value: float) -> np.ndarray:
     column = basis[:, 1 - which]
     norm = column @ column
-    # A column of zeros: that number has no say at these points.
+    # A column of zeros: these points do not depend on that number.
     other = column @ (y - value * basis[:, which]) / norm if norm > 0 else 0
     other = min(max(other, low), high)
     return np.array([value, other] if which == 0 else [other, value])
@@ -107,10 +104,7 @@ def _least(cost: Callable, low: float, high: float, xatol: float) -> Any:
 
 
 def _best(
-  name: str,
-  x: np.ndarray,
-  y: np.ndarray,
-  fixed: tuple[int, float] | None = None,
+  name: str, x: np.ndarray, y: np.ndarray, fixed: Fixed | None = None
 ) -> tuple[float, float, np.ndarray]:
   """(sum of squares, shape, linear numbers) of the best fit."""
   grid = CURVES[name].shapes(x.max())
@@ -165,30 +159,35 @@ def _checked(
   x: Sequence[float], y: Sequence[float]
 ) -> tuple[np.ndarray, np.ndarray]:
   x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-  if x.shape != y.shape or x.ndim != 1:
-    raise DataError(
-      f"plateau: {x.shape} data fractions and {y.shape} win rates, wanted one "
-      "of each a point"
-    )
-  if not (np.isfinite(x).all() and np.isfinite(y).all()) or (x < 0).any():
-    raise DataError(
-      "plateau: wanted finite win rates and data fractions of at least 0; "
-      f"found x {x.tolist()}, y {y.tolist()}"
-    )
-  if (y < _PERCENT[0]).any() or (y > _PERCENT[1]).any():
-    raise DataError(
-      f"plateau: win rates {y.tolist()} leave the bounds {_PERCENT}; wanted "
-      "percent"
-    )
-  if (distinct := len(np.unique(x))) < LEAST:
-    raise DataError(
-      f"plateau: {distinct} different data fractions, wanted at "
-      f"least {LEAST}: the curve alone has three numbers; add budgets"
-    )
+  low, high = _PERCENT
+  distinct = len(np.unique(x))
+  for bad, words in (
+    (
+      x.shape != y.shape or x.ndim != 1,
+      f"{x.shape} data fractions and {y.shape} win rates, wanted one of each a "
+      "point",
+    ),
+    (
+      not (np.isfinite(x).all() and np.isfinite(y).all()) or (x < 0).any(),
+      "wanted finite win rates and data fractions of at least 0; found x "
+      f"{x.tolist()}, y {y.tolist()}",
+    ),
+    (
+      (y < low).any() or (y > high).any(),
+      f"win rates {y.tolist()} leave the bounds {_PERCENT}; wanted percent",
+    ),
+    (
+      distinct < LEAST,
+      f"{distinct} different data fractions, wanted at least {LEAST}: the "
+      "curve alone has three numbers; add budgets",
+    ),
+  ):
+    if bad:
+      raise DataError(f"plateau: {words}")
   return x, y
 
 
-def fit(x: Sequence[float], y: Sequence[float]) -> dict[str, Any]:
+def fit_plateau(x: Sequence[float], y: Sequence[float]) -> dict[str, Any]:
   """Fits the plateau, bounds its numbers, and weighs it against the others.
 
   Args:
@@ -204,7 +203,7 @@ def fit(x: Sequence[float], y: Sequence[float]) -> dict[str, Any]:
       predicting each x but the smallest from the others, in the unit of y.
     "best": the curve with the least held-out error.
     "x", "y": as given.
-    "words": what may be said, a list of sentences.
+    "words": what the points support, a list of sentences.
 
   Raises:
     DataError: fewer than four different x, or numbers that are none.
@@ -217,7 +216,7 @@ def fit(x: Sequence[float], y: Sequence[float]) -> dict[str, Any]:
     profile = lambda v, i=which: _best("plateau", x, y, (i, v))[0]
     low, high = (_crossing(profile, float(value), e, most) for e in _PERCENT)
     out[name] = dict(value=float(value), low=low, high=high)
-  profile = lambda log_b: _solve("plateau", np.exp(log_b), x, y)[0]
+  profile = lambda log_b: _solve("plateau", np.exp(log_b), x, y, None)[0]
   ends = np.log(CURVES["plateau"].shapes(x.max())[[0, -1]])
   low, high = (_crossing(profile, np.log(b), end, most) for end in ends)
   exp = lambda end: None if end is None else float(np.exp(end))
@@ -263,7 +262,7 @@ def enough(fit: dict[str, Any], margin: float) -> dict[str, Any]:
   linear in r, so the gain alone is searched.
 
   Args:
-    fit: of `fit`.
+    fit: of `fit_plateau`.
     margin: in the unit of its win rates, above 0.
 
   Returns:
@@ -316,21 +315,19 @@ def _sentences(fit: dict[str, Any]) -> list[str]:
   end = lambda x, digits: "no bound" if x is None else f"{x:.{digits}f}"
 
   def with_ends(name: str, digits: int) -> str:
-    value, low, high = (
-      end(fit[name][k], digits) for k in ("value", "low", "high")
-    )
-    return f"{name} = {value} ({low} to {high})"
+    ends = (end(fit[name][k], digits) for k in ("value", "low", "high"))
+    return "{} = {} ({} to {})".format(name, *ends)
 
   if fit["identified"]:
     most = data_for(fit, 0.9)
-    beyond = most["high"] > max(fit["x"])
+    beyond = ", beyond the largest fraction measured"
     out = [
       f"A plateau is identified: {with_ends('r', 2)}, "
       f"{with_ends('a', 2)}, {with_ends('b', 3)} per percent; 95 % "
       "profile intervals.",
       f"Nine tenths of the gain are had at {most['value']:.1f} % of the "
       f"data ({end(most['low'], 1)} to {most['high']:.1f}"
-      + (", beyond the largest fraction measured)." if beyond else ")."),
+      f"{beyond * (most['high'] > max(fit['x']))}).",
     ]
   else:
     out = [
@@ -341,14 +338,10 @@ def _sentences(fit: dict[str, Any]) -> list[str]:
   error = {name: curve["held_out"] for name, curve in fit["curves"].items()}
   best, second, *_ = sorted(error, key=error.get)
   if best == "plateau":
-    out.append(
-      f"It predicts points left out best (error {error[best]:.2f}; "
-      f"{second} {error[second]:.2f})."
-    )
+    words = f"It predicts points left out best (error {error[best]:.2f}; "
+    words += f"{second} {error[second]:.2f})."
   else:
-    out.append(
-      f"A {best} predicts points left out better (error "
-      f"{error[best]:.2f}, plateau {error['plateau']:.2f}): these points do "
-      "not prefer a plateau."
-    )
-  return [*out, RECIPE]
+    words = f"A {best} predicts points left out better (error "
+    words += f"{error[best]:.2f}, plateau {error['plateau']:.2f}): these "
+    words += "points do not prefer a plateau."
+  return [*out, words, RECIPE]

@@ -1,14 +1,13 @@
 """Everything a study's pages show, from the artifacts alone."""
 
 import datetime
-import json
 from typing import Any
 
 import jax
 import numpy as np
 
 import jaxalign
-from jaxalign.core.disk import read_json
+from jaxalign.core.disk import read_json, read_lines
 from jaxalign.data.summary import summary_lines
 from jaxalign.data.tables import read_table
 from jaxalign.data.world import reward
@@ -154,8 +153,7 @@ def describe_arm(job: Job, arm: Arm) -> dict[str, Any]:
 
 
 def _curves(folder: Any) -> dict[str, list]:
-  text = (folder / "metrics.jsonl").read_text()
-  lines = [json.loads(x) for x in text.splitlines()]
+  lines = read_lines(folder / "metrics.jsonl")
   keep = lines[:: max(1, len(lines) // 200)]
   return {
     name: [[x["step"], x[name]] for x in keep if name in x]
@@ -186,8 +184,6 @@ def _selection(job: Job, arm: Arm) -> dict[str, Any]:
   if "topic" in report:
     topic = report["topic"]
     out["topics"] = dict(selected=topic["covered"], pool=topic["topics"])
-  if "label_share" in report:
-    out["label_share"] = report["label_share"]
   diagnostics = report.get("diagnostics", {})
   if "stability" in diagnostics:
     out["stability"] = diagnostics["stability"]

@@ -68,7 +68,7 @@ def _begin(
         )
         saved.save(0, dict(params=found))
     fixed = bases(job, folder)
-  return begin_from(base, m, job.mesh, arm.seed, fixed)
+  return begin_from(base, m, arm.seed, fixed)
 
 
 def bases(job: Job, folder: Any) -> decoder.Params:

@@ -35,7 +35,7 @@ def _padded(params, tokens, mask, m, chunk, head):
   x = decoder.forward(params, flat, m, sharding.SPREAD)
   weight = decoder.head(params, m, sharding.SPREAD)
   each = logprob.token_logps(x, weight, flat, chunk, m.final_softcap, head)
-  total, count = logprob.sums(each, mask.reshape(b * r, length))
+  total, count = logprob.masked_sums(each, mask.reshape(b * r, length))
   # Said outright: of one row alone, jax takes the R for the batch.
   rows = jax.typeof(tokens).sharding.spec[0]
   shaped = lambda x, *more: jnp.reshape(

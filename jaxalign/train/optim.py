@@ -119,7 +119,7 @@ def matrix_axes(
   if part == "a":
     cut = len(shape) - 1
   elif first and not part:
-    cut = 1 + len(adapters.sizes(weight, shape)[0])
+    cut = 1 + len(adapters.sides(weight, shape)[0])
   return contrib.MuonDimensionNumbers(
     tuple(range(first, cut)), tuple(range(cut, len(shape)))
   )

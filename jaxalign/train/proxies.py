@@ -1,8 +1,8 @@
 """Small policies tuned by DPO, that say how hard or how clear each pair is.
 
-`proxy`: one, tuned on a few pairs; its log-ratios against its own start are
-the implicit margin. `held_out`: several, each tuned on half of the prompts;
-their losses on the other half are how hard a pair is.
+`proxy`: one, tuned on a few pairs; its log-ratios against what it was tuned
+from are the implicit margin. `held_out`: several, each tuned on half of the
+prompts; their losses on the other half are how hard a pair is.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,8 @@ from jaxalign.train.sft import TRAINED
 from jaxalign.train.trainer import begin_from, Recipe, train
 from jaxalign.train.training_cost import row_passes, training_cost
 
-BETA = 0.1  # of their DPO
+BETA = 0.1
+LOSS = losses.bind(losses.LOSSES["dpo"], "dpo", dict(beta=BETA))
 KNOBS = (  # of config.train, for them too
   "batch_size",
   "accumulation",
@@ -48,7 +49,7 @@ KNOBS = (  # of config.train, for them too
 )
 
 
-class Start(NamedTuple):
+class Base(NamedTuple):
   """What the proxies are tuned from."""
 
   params: decoder.Params
@@ -99,10 +100,7 @@ def check_proxies(c: Any) -> None:
     )
 
 
-LOSS = losses.bind(losses.LOSSES["dpo"], "dpo", dict(beta=0.1))
-
-
-def _start(job: Job) -> Start:
+def _base(job: Job) -> Base:
   """Loads what is tuned, and its own log-probabilities of the pool."""
   c = job.c
   m = config_of(c, job.model)
@@ -118,10 +116,10 @@ def _start(job: Job) -> Start:
     # The reference's pass ran these very weights.
     table = columns.known(c)
     read = lambda name: np.asarray(table[name].make(job), np.float32)
-    return Start(params, m, read("logp"), read("logp_count"), Cost())
+    return Base(params, m, read("logp"), read("logp_count"), Cost())
   found, cost = _score(job, params, m, "proxy_ref")
   sums, counts = (x.reshape(-1, 2) for x in (found.logp, found.count))
-  return Start(params, m, sums, counts, cost)
+  return Base(params, m, sums, counts, cost)
 
 
 def _score(
@@ -153,7 +151,7 @@ class Tuning(NamedTuple):
 
 
 def _tuning(
-  job: Job, start: Start, index: np.ndarray, updates: int, seed: int
+  job: Job, base: Base, index: np.ndarray, updates: int, seed: int
 ) -> Tuning:
   """The tuning on the pairs `index`, with the job's adapters.
 
@@ -164,38 +162,28 @@ def _tuning(
     lora = lora._replace(variant="lora")
   more = dict(updates=updates, seed=seed, head_chunk=c.model.head_chunk)
   more["lr"] = recipe.LORA_LR if lora else c.proxy.lr
+  ids, sums = job.column("pool", "id"), (base.sums[index], base.counts[index])
+  row_of = index[:, None] * 2 + np.arange(2)
   return Tuning(
-    start.model._replace(lora=lora),
-    training_rows(job, start, index),
+    base.model._replace(lora=lora),
+    TrainRows([ids[i] for i in index], job.tokens("pool"), row_of, *sums),
     Recipe(**{n: c.train[n] for n in KNOBS}, **more),
   )
 
 
 def _tune(
-  job: Job, folder: Any, label: str, start: Start, tuning: Tuning
+  job: Job, folder: Any, label: str, base: Base, tuning: Tuning
 ) -> decoder.Params:
   """The tuned parameters; resumed from the folder's checkpoints."""
   t, (m, rows, how) = job.c.train, tuning
   options = TrainOptions(
     folder, label, how.updates, t.save_every, explode=t.explode
   )
-  begin = lambda _: begin_from(dict(start.params), m, job.mesh, how.seed)
+  begin = lambda _: begin_from(dict(base.params), m, how.seed)
   train(job.mesh, m, begin, rows, LOSS, how, options)
   shapes = adapters.split(decoder.abstract(m, job.mesh), m.lora)[0]
   tuned = restore_params(folder / TRAINED[0], shapes)
-  return tuned if m.lora is None else start.params | tuned
-
-
-def training_rows(job: Job, start: Start, index: np.ndarray) -> TrainRows:
-  """The pairs `index` of the pool, with their start's sums."""
-  ids = job.column("pool", "id")
-  return TrainRows(
-    [ids[i] for i in index],
-    job.tokens("pool"),
-    index[:, None] * 2 + np.arange(2),
-    start.sums[index],
-    start.counts[index],
-  )
+  return tuned if m.lora is None else base.params | tuned
 
 
 def proxy_needs(job: Job, arm: None) -> list[str]:
@@ -244,22 +232,22 @@ def drawn(ids: Any, pairs: float | int, seed: int) -> np.ndarray:
 
 def make_proxy(job: Job, arm: None, folder: Any) -> Made:
   """A policy tuned by DPO on a few pairs, and what it says of the pool."""
-  p, start = job.c.proxy, _start(job)
+  p, base = job.c.proxy, _base(job)
   rows, pair = job.tokens("pool"), ArraySpec((2,))
   index = drawn(job.column("pool", "id"), p.pairs, 0)
-  tuning = _tuning(job, start, index, p.updates, 0)
-  m, params = tuning.model, _tune(job, folder, "proxy", start, tuning)
+  tuning = _tuning(job, base, index, p.updates, 0)
+  m, params = tuning.model, _tune(job, folder, "proxy", base, tuning)
 
   def score(options):
     found = passes.score_rows(job.mesh, params, m, rows, options)
     own = options.by_process[jax.process_index()]
-    before = start.sums.reshape(-1)[own]
+    before = base.sums.reshape(-1)[own]
     return dict(proxy_logp=found.logp, proxy_ref_logp=before)
 
   arrays = dict(proxy_logp=pair, proxy_ref_logp=pair)
   files = over_shards(job, dict(proxy=arrays), score)
   say = f"tuned on {len(index):,} pairs"
-  cost = start.cost + tuning.cost + _pass_cost(m, rows)
+  cost = base.cost + tuning.cost + _pass_cost(m, rows)
   return [*files, *TRAINED], cost, dict(rows=len(index), say=say)
 
 
@@ -322,13 +310,13 @@ def held_out_leaves(job: Job, arm: None) -> list[str]:
 def make_held_out(job: Job, arm: None, folder: Any) -> Made:
   """The DPO loss of every pair under models that have not seen its prompt."""
   c, p, names = job.c, job.c.proxy, loss_files(job)
-  start, rows = _start(job), job.tokens("pool")
+  base, rows = _base(job), job.tokens("pool")
   seen = halves(job.column("pool", "group"), p.models, 0)
-  cost, writes = start.cost, jax.process_index() == 0
+  cost, writes = base.cost, jax.process_index() == 0
   for s, name in enumerate(names):
     index = np.flatnonzero(seen[:, s])
     updates = -(-len(index) // c.train.batch_size)
-    tuning = _tuning(job, start, index, updates, s)
+    tuning = _tuning(job, base, index, updates, s)
     own, label = folder / f"model{s}", f"model {s + 1} of {p.models}"
     # Counted for every model: a resumed run has some of them already.
     cost += tuning.cost + _pass_cost(tuning.model, rows)
@@ -336,9 +324,9 @@ def make_held_out(job: Job, arm: None, folder: Any) -> Made:
       lambda path=folder / name: "done" if path.exists() else ""
     )
     if not done:
-      params = _tune(job, own, label, start, tuning)
+      params = _tune(job, own, label, base, tuning)
       found, _ = _score(job, params, tuning.model, label)
-      loss = dpo_losses(found.logp.reshape(-1, 2), start.sums, BETA)
+      loss = dpo_losses(found.logp.reshape(-1, 2), base.sums, BETA)
       if writes:
         loss = np.where(seen[:, s], np.nan, loss)
         disk.write_array(folder / name, loss)

@@ -11,7 +11,7 @@ from jaxalign.core.lookup import source_digests
 from jaxalign.core.settings import pick
 from jaxalign.core.stage import JobSizes, Made, Price
 from jaxalign.data import batches
-from jaxalign.data import tokens as tokens_lib
+from jaxalign.data.tokens import row_lengths, take_rows, TokenRows
 from jaxalign.embed import passes
 from jaxalign.embed import store as stores
 from jaxalign.model.flops import decoder_flops
@@ -57,7 +57,7 @@ def rows_of(job: Job, arm: Arm) -> TrainRows:
   index = selected_rows(job, arm)
   ids, tokens = job.column("pool", "id"), job.tokens("pool")
   row_of = index[:, None] * job.responses + np.arange(job.responses)
-  counts = np.float32((tokens_lib.row_lengths(tokens) - tokens.start)[row_of])
+  counts = np.float32((row_lengths(tokens) - tokens.start)[row_of])
   label = None
   if job.kind == "unpaired":
     label = np.array(job.column("pool", "label"))[index]
@@ -74,7 +74,7 @@ def reference_of(job: Job) -> Reference:
 
 def _pass_over_pool(job: Job, arm: Arm) -> str:
   """The stage that has the reference's sums of the pool already; "": none."""
-  stage = columns.logps_stage(job.c, job.kind, chains.named(arm.sampler))
+  stage = columns.logps_stage(job.c, job.kind, chains.find_sampler(arm.sampler))
   return stage if ("", stage) in job.records else ""
 
 
@@ -84,55 +84,62 @@ def _batched(job: Job) -> bool:
   return job.loss.reference and not (columns.exact(job.c) or online)
 
 
+def _mismatched(job: Job, arm: Arm, rows: TrainRows) -> TokenRows | None:
+  """KTO's mismatched rows of all updates; None: the loss reads none."""
+  if not needs_mismatched(job.loss):
+    return None
+  updates = updates_for(job, arm, len(rows.ids))
+  return make_mismatched(rows, batching_of(job, arm), updates)
+
+
 def _computed(
   job: Job, arm: Arm, rows: TrainRows
-) -> tuple[dict[str, np.ndarray], list[Cost]]:
+) -> tuple[dict[str, np.ndarray], Cost]:
   """The arrays of `make_ref_logps` by name, and what they cost."""
-  c, m = job.c, job.model
+  c, loss = job.c, job.loss
   online = c.train.reference == "online"  # train computes what costs a pass
-  source, batched = _pass_over_pool(job, arm), _batched(job)
-  batching, names = batching_of(job, arm), columns_of(job.loss)
+  other, names = _mismatched(job, arm, rows), columns_of(loss)
+  other_sums, source = None, _pass_over_pool(job, arm)
   arrays = dict(ref_sum=rows.ref_sum, ref_count=rows.ref_count)
-  own = lambda: tokens_lib.take_rows(rows.tokens, rows.row_of.reshape(-1))
-  cost = lambda x: Cost(passes.pass_flops(m, x), len(x.ids))
-  costs, other = [], None
-  if needs_mismatched(job.loss):
-    updates = updates_for(job, arm, len(rows.ids))
-    other = make_mismatched(rows, batching, updates)
-    arrays["mismatched_sum"] = np.zeros(len(other.start), np.float32)
+  passed = []  # token rows
   if source:
     store = stores.open_store(job.shared / source / "store")
     index = selected_rows(job, arm)
     for name, of in dict(ref_sum="logp", ref_count="count").items():
       arrays[name] = np.array(stores.read(store, of)[index])
-  if batched:
-    if other is not None:
-      other_rows = MismatchedRows(other, arrays["mismatched_sum"])
-      rows = rows._replace(mismatched=other_rows)
-    found, sums = logps_as_trained(reference_of(job), rows, batching)
-    arrays |= dict(ref_sum=found.sum, common_prefix=found.common_prefix)
-    costs.append(cost(own()))
-  elif job.loss.reference and not online and not source:
-    arrays["ref_sum"], arrays["ref_count"] = reference_logps(
-      reference_of(job), rows.tokens, rows.row_of, c.train.layout, rows.ids
-    )
-    costs.append(cost(own()))
-  rows = rows._replace(ref_sum=arrays["ref_sum"], mismatched=None)
+  elif loss.reference and not online:
+    passed.append(take_rows(rows.tokens, rows.row_of.reshape(-1)))
+    if _batched(job):
+      found, other_sums = logps_as_trained(
+        reference_of(job), rows, batching_of(job, arm), other
+      )
+      arrays |= dict(ref_sum=found.sum, common_prefix=found.common_prefix)
+    else:
+      arrays["ref_sum"], arrays["ref_count"] = reference_logps(
+        reference_of(job), rows.tokens, rows.row_of, c.train.layout, rows.ids
+      )
+  rows, cost = rows._replace(ref_sum=arrays["ref_sum"]), Cost()
   for name in names:
     if name in EXTRAS and online:
       arrays[name] = np.zeros_like(rows.ref_sum)
     elif name not in arrays:
       arrays[name], more = COLUMNS[name](reference_of(job), rows, arm.seed)
-      costs.append(more)
-  if other is not None and not online:
-    if not batched:
+      cost += more
+  if other is not None:
+    if online:
+      other_sums = np.zeros(len(other.start), np.float32)
+    else:
+      passed.append(other)
+    if other_sums is None:
       index = np.arange(len(other.start))[:, None]
-      sums, _ = reference_logps(reference_of(job), other, index, c.train.layout)
-      sums = sums[:, 0]
-    arrays["mismatched_sum"] = sums
-    costs.append(cost(other))
+      layout = c.train.layout
+      sums, _ = reference_logps(reference_of(job), other, index, layout)
+      other_sums = sums[:, 0]
+    arrays["mismatched_sum"] = other_sums
+  for x in passed:
+    cost += Cost(passes.pass_flops(job.model, x), len(x.ids))
   kept = "ref_sum", "ref_count", "mismatched_sum", *names
-  return {n: x for n, x in arrays.items() if n in kept}, costs
+  return {n: x for n, x in arrays.items() if n in kept}, cost
 
 
 def make_ref_logps(job: Job, arm: Arm, folder: Any) -> Made:
@@ -145,13 +152,13 @@ def make_ref_logps(job: Job, arm: Arm, folder: Any) -> Made:
   float32 nothing is looked up: see `logps_as_trained`.
   """
   rows = rows_of(job, arm)
-  arrays, costs = _computed(job, arm, rows)
+  arrays, cost = _computed(job, arm, rows)
   if jax.process_index() == 0:
     for name, x in arrays.items():
       disk.write_array(folder / f"{name}.npy", x)
     disk.write_json(folder / "ref_ids.json", rows.ids)
   files = [*(f"{n}.npy" for n in arrays), "ref_ids.json"]
-  return files, sum(costs, Cost()), {}
+  return files, cost, {}
 
 
 def _passes_read(job: Job, arm: Arm) -> list[str]:
@@ -187,13 +194,8 @@ def updates_of(c: Any, arm: Arm, rows: int, pool: int) -> int:
   """Updates of an arm that kept `rows` of a pool of so many rows."""
   if arm.like:
     rows = budget_rows(arm.like, pool, c.train.batch_size)
-  return batches.updates(
-    rows,
-    c.train.batch_size,
-    c.train.epochs,
-    c.train.max_updates,
-    c.train.min_updates,
-  )
+  names = "batch_size", "epochs", "max_updates", "min_updates"
+  return batches.updates(rows, *(c.train[name] for name in names))
 
 
 def stored_rows(job: Job, arm: Arm, folder: Any) -> TrainRows:
@@ -204,11 +206,9 @@ def stored_rows(job: Job, arm: Arm, folder: Any) -> TrainRows:
     ref_count=read("ref_count"),
     columns={name: read(name) for name in columns_of(job.loss)},
   )
-  if not needs_mismatched(job.loss):
+  if (other := _mismatched(job, arm, rows)) is None:
     return rows
-  updates = updates_for(job, arm, len(rows.ids))
-  tokens = make_mismatched(rows, batching_of(job, arm), updates)
-  mismatched = MismatchedRows(tokens, read("mismatched_sum"))
+  mismatched = MismatchedRows(other, read("mismatched_sum"))
   return rows._replace(mismatched=mismatched)
 
 
@@ -233,7 +233,7 @@ def ref_logps_price(z: JobSizes, arm: Arm) -> Price | None:
   if c.train.reference == "online":  # its pass is align's
     return None
   kept, updates, each = kept_sizes(z, arm)
-  source = columns.logps_stage(c, z.job.kind, chains.named(arm.sampler))
+  source = columns.logps_stage(c, z.job.kind, chains.find_sampler(arm.sampler))
   own = kept * z.responses if loss.reference and source not in z.planned else 0
   other = mismatched_rows(z, arm)
   count = updates * c.train.batch_size * bool(other) + own

@@ -147,7 +147,10 @@ def _finite(reference, out, rows, index, ids=None):
 
 
 def logps_as_trained(
-  reference: Reference, rows: TrainRows, batching: Batching
+  reference: Reference,
+  rows: TrainRows,
+  batching: Batching,
+  other: tokens.TokenRows | None = None,
 ) -> tuple[Logps, np.ndarray | None]:
   """The sums of every row in the first batch of its training that has it.
 
@@ -159,6 +162,7 @@ def logps_as_trained(
     reference: the weights; `tile` is of the rows that are not finite.
     rows: what is trained on; the reference's sums of it are not read.
     batching: as of the training.
+    other: its mismatched rows, updates * B.
 
   Returns:
     Logps [M, R] with the sums of common prefixes, and those of mismatched
@@ -169,13 +173,11 @@ def logps_as_trained(
   """
   n, r = rows.row_of.shape
   mesh, params, m, _, chunk, producer, label = reference
-  other = rows.mismatched and rows.mismatched.tokens
   # A row's number stands where its sum will: it says where the row went.
   number = np.arange(n, dtype=np.int32)
   rows = rows._replace(
     ref_sum=np.repeat(number[:, None], r, axis=1),
     columns=dict(common_prefix=np.zeros((n, r), np.float32)),
-    mismatched=None,
   )
   fill = online.make_fill(
     PRODUCERS[producer](m, chunk), decoder.compiler_options(m)

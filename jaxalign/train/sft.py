@@ -41,7 +41,7 @@ def given_reference(job: Job) -> str:
 def make_sft(job: Job, arm: None, folder: Any) -> Made:
   """Trains the reference, where no checkpoint is given."""
   c, m, seed = job.c, job.model, job.c.data.seed
-  params = decoder.init(jax.random.key(seed), m, job.mesh)
+  params = decoder.init(jax.random.key(seed), m)
   knobs = RECIPE | c.sft.to_dict()
   named = dict(folder=folder, label="sft", explode=c.train.explode)
   cost, weights = train(

@@ -88,7 +88,7 @@ def bases(
     laid = lambda x: x if side == ":a" else x.swapaxes(1, 2)
     return q, {n + side: put(wide[n + side], laid(x)) for n, x in q.items()}
 
-  drawn = adapters.init(key, wide, mesh)
+  drawn = adapters.init(key, wide)
   drawn = {n: x for n, x in drawn.items() if n.endswith(":a")}
   for _ in range(POWERS):
     _, right = across(":b", products(":b", drawn))
@@ -109,4 +109,4 @@ def bases(
 
 def _least(shape: tuple[int, ...], name: str) -> int:
   """The smaller side of a weight as a matrix."""
-  return min(int(np.prod(side)) for side in adapters.sizes(name, shape))
+  return min(int(np.prod(side)) for side in adapters.sides(name, shape))

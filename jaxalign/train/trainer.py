@@ -63,7 +63,6 @@ def from_knobs(kind: type, knobs: Any, **more: Any) -> Any:
 def begin_from(
   base: decoder.Params,
   m: decoder.ModelConfig,
-  mesh: Any,
   seed: int,
   fixed: decoder.Params = {},
 ) -> tuple[decoder.Params, decoder.Params]:
@@ -73,14 +72,13 @@ def begin_from(
     base: without adapters; emptied where all weights are trained: the step
       donates its state, and never are both held whole.
     m: the model's sizes, with adapters or without.
-    mesh: to lay adapters on.
     seed: of the adapters.
     fixed: matrices of adapters that are not drawn but given.
   """
   if m.lora is None:
     own = lambda x: jnp.array(x, jnp.float32).block_until_ready()
     return {name: own(base.pop(name)) for name in list(base)}, {}
-  fresh = adapters.init(jax.random.key(seed), decoder.table(m), mesh) | fixed
+  fresh = adapters.init(jax.random.key(seed), decoder.table(m)) | fixed
   adapters.assert_zero(fresh)
   trained, still = adapters.split(fresh, m.lora)
   return trained, base | still

@@ -7,14 +7,20 @@ ranked tree of messages (an OpenAssistant export): a node is {"text", "role",
 best) answer the same dialogue, the path from the root.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 import itertools
 from typing import Any
 
 from jaxalign.data.schemas.convert import convert_pair
 from jaxalign.data.schemas.mapping import roles_for
 from jaxalign.data.schemas.messages import is_dicts, ROLE_OF
-from jaxalign.data.schemas.schema import list_of, number_of, Refused, Schema
+from jaxalign.data.schemas.schema import (
+  list_of,
+  number_of,
+  Refused,
+  row_or_refused,
+  Schema,
+)
 
 _PREDICTIONS = tuple(f"prediction {i}" for i in range(1, 5))
 
@@ -26,16 +32,6 @@ def _compared(ranked: list, pairs: str) -> Iterator[tuple]:
   if pairs == "adjacent":
     return itertools.pairwise(ranked)
   return itertools.combinations(ranked, 2)
-
-
-def _pair_or_refused(
-  make: Callable[..., dict], *values: Any
-) -> dict[str, Any] | Refused:
-  """A pair, or why there is none: the others of its row are good."""
-  try:
-    return make(*values)
-  except Refused as error:
-    return error
 
 
 def convert_scored(row: dict, pairs: str) -> list[dict[str, Any] | Refused]:
@@ -58,7 +54,7 @@ def convert_scored(row: dict, pairs: str) -> list[dict[str, Any] | Refused]:
   numbers = [number_of(dict(scores=score), "scores") for score in scores]
   rated = [(x, a) for x, a in zip(numbers, answers) if x is not None]
   rated.sort(key=lambda item: -item[0])  # of equal ones as they stand
-  made = [_pair_or_refused(pair, *two) for two in _compared(rated, pairs)]
+  made = [row_or_refused(pair, *two) for two in _compared(rated, pairs)]
   if not made:
     raise Refused("fewer than two answers", "with a score")
   return made
@@ -86,7 +82,7 @@ def convert_compared(row: dict, pairs: str) -> list[dict[str, Any] | Refused]:
     sides = dict(chosen=row.get(chosen), rejected=row.get(rejected))
     return convert_pair(dict(prompt=row.get("question")) | sides)
 
-  return [_pair_or_refused(pair, *two, c) for two, c in zip(couples, codes)]
+  return [row_or_refused(pair, *two, c) for two, c in zip(couples, codes)]
 
 
 def convert_tree(row: dict, pairs: str) -> list[dict[str, Any] | Refused]:
@@ -113,7 +109,7 @@ def convert_tree(row: dict, pairs: str) -> list[dict[str, Any] | Refused]:
     ranked = [reply for reply in replies if reply.get("rank") is not None]
     ranked.sort(key=_rank)
     for two in _compared(ranked, pairs):
-      made.append(_pair_or_refused(_tree_pair, path, *two))
+      made.append(row_or_refused(_tree_pair, path, *two))
     todo += [(reply, path) for reply in reversed(replies)]
   if not made:
     raise Refused("no ranked replies", _node_id(root))

@@ -26,6 +26,14 @@ class Refused(Exception):
     self.reason, self.detail = reason, detail
 
 
+def row_or_refused(convert: Callable[..., Any], *values: Any) -> Any:
+  """What `convert` returns, or the Refused that it raises."""
+  try:
+    return convert(*values)
+  except Refused as error:
+    return error
+
+
 @dataclasses.dataclass(frozen=True)
 class Schema:
   """One shape of row.

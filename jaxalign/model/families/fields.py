@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 from jaxalign.core.errors import ConfigError
 from jaxalign.model import decoder
-from jaxalign.model.attention import check_rope, Rope, ROPES
+from jaxalign.model.adapters import LINEAR
+from jaxalign.model.attention import check_rope, Rope
 from jaxalign.model.decoder import ModelConfig
 from jaxalign.model.parameters import Stored
 
@@ -34,37 +35,38 @@ ACTS = {
   "gelu_new": "gelu_tanh",
   "gelu_fast": "gelu_tanh",
 }
+SIZES = dict(
+  layers="num_hidden_layers",
+  width="hidden_size",
+  heads="num_attention_heads",
+  ff="intermediate_size",
+  vocab="vocab_size",
+  context="max_position_embeddings",
+)
 SLIDING, FULL = "sliding_attention", "full_attention"
-
-
-# Rotary positions.
 
 
 def read_rope(raw: Raw, theta: float, context: int) -> Rope:
   """One `rope_parameters` (in older files `rope_scaling`) of a config."""
   kind = raw.get("rope_type", raw.get("type", "default"))
-  if kind not in ROPES:
-    known = ", ".join(ROPES)
-    raise ConfigError(f"rope_type={kind!r} is unknown; known: {known}")
-  rope = Rope(float(raw.get("rope_theta") or theta), kind)
+  found = dict(truncate=bool(raw.get("truncate", True)))
   if kind in ("llama3", "yarn"):
-    original = int(raw.get("original_max_position_embeddings") or context)
-    rope = rope._replace(original=original)
-  if kind != "default":
-    factor = float(raw.get("factor") or context / rope.original)
-    rope = rope._replace(factor=factor)
+    original = raw.get("original_max_position_embeddings")
+    found["original"] = int(original or context)
+  if kind in ("linear", "dynamic", "llama3", "yarn"):
+    found["factor"] = float(raw.get("factor") or context / found["original"])
   if kind == "llama3":
-    low, high = float(raw["low_freq_factor"]), float(raw["high_freq_factor"])
-    rope = rope._replace(low=low, high=high)
+    low, high = raw["low_freq_factor"], raw["high_freq_factor"]
+    found |= dict(low=float(low), high=float(high))
   if kind == "yarn":
     low, high = raw.get("beta_slow") or 1, raw.get("beta_fast") or 32
     magnitude = float(raw.get("attention_factor") or 0.0)
     above, below = raw.get("mscale"), raw.get("mscale_all_dim")
-    if not magnitude and above and below and rope.factor > 1:
-      log = 0.1 * math.log(rope.factor)
+    if not magnitude and above and below and found["factor"] > 1:
+      log = 0.1 * math.log(found["factor"])
       magnitude = (above * log + 1) / (below * log + 1)
-    rope = rope._replace(low=float(low), high=float(high), magnitude=magnitude)
-  rope = rope._replace(truncate=bool(raw.get("truncate", True)))
+    found |= dict(low=float(low), high=float(high), magnitude=magnitude)
+  rope = Rope(float(raw.get("rope_theta") or theta), kind, **found)
   check_rope(rope)
   return rope
 
@@ -78,8 +80,7 @@ def write_rope(r: Rope) -> Fields:
     out |= dict(low_freq_factor=r.low, high_freq_factor=r.high)
   if r.kind == "yarn":
     out |= dict(beta_slow=r.low, beta_fast=r.high, truncate=r.truncate)
-    if r.magnitude:
-      out["attention_factor"] = r.magnitude
+    out |= dict(attention_factor=r.magnitude) if r.magnitude else {}
   if r.original:
     out["original_max_position_embeddings"] = r.original
   return out
@@ -107,9 +108,6 @@ def write_one_rope(m: ModelConfig) -> Fields:
   return out
 
 
-# Windows by kind of layer.
-
-
 def read_windows(types: list[str], window: int | None) -> Fields:
   """`kinds` and `windows` of a list of layer types; kind 0 is the window's."""
   unknown = sorted(set(types) - {SLIDING, FULL})
@@ -132,25 +130,17 @@ def write_windows(m: ModelConfig) -> Fields:
   return dict(layer_types=types, sliding_window=max(m.windows) or None)
 
 
-# Sizes.
-
-
 def read_sizes(raw: Raw) -> Fields:
   """The sizes and constants that every family spells alike."""
-  heads, width = int(raw["num_attention_heads"]), int(raw["hidden_size"])
   act = raw.get("hidden_activation") or raw.get("hidden_act")
   if act not in ACTS:
     known = ", ".join(ACTS)
     raise ConfigError(f"hidden_act={act!r} is unknown; known: {known}")
-  return dict(
-    layers=int(raw["num_hidden_layers"]),
-    width=width,
-    heads=heads,
+  sizes = {ours: int(raw[theirs]) for ours, theirs in SIZES.items()}
+  width, heads = sizes["width"], sizes["heads"]
+  return sizes | dict(
     kv_heads=int(raw.get("num_key_value_heads") or heads),
     head_size=int(raw.get("head_dim") or width // heads),
-    ff=int(raw["intermediate_size"]),
-    vocab=int(raw["vocab_size"]),
-    context=int(raw["max_position_embeddings"]),
     act=ACTS[act],
     norm_eps=float(raw.get("rms_norm_eps") or raw.get("layer_norm_eps")),
     tied=bool(raw["tie_word_embeddings"]),
@@ -159,41 +149,36 @@ def read_sizes(raw: Raw) -> Fields:
 
 def write_sizes(m: ModelConfig) -> Fields:
   """The inverse of `read_sizes`."""
-  act = {"gelu_tanh": "gelu_pytorch_tanh"}.get(m.act, m.act)
-  return dict(
-    hidden_size=m.width,
-    intermediate_size=m.ff,
-    num_hidden_layers=m.layers,
-    num_attention_heads=m.heads,
+  out = {theirs: getattr(m, ours) for ours, theirs in SIZES.items()}
+  return out | dict(
     num_key_value_heads=m.kv_heads,
     head_dim=m.head_size,
-    vocab_size=m.vocab,
     max_position_embeddings=m.positions or m.context,
     rms_norm_eps=m.norm_eps,
     tie_word_embeddings=m.tied,
-    hidden_act=act,
+    hidden_act={"gelu_tanh": "gelu_pytorch_tanh"}.get(m.act, m.act),
   )
 
 
-# Names of tensors.
+def stored_by_name(m: ModelConfig, names: Mapping[str, str]) -> dict:
+  """Where the parameters of `decoder.table(m)` lie, by the tensors' names.
 
-
-def stored_under(
-  prefix: str,
-  m: ModelConfig,
-  top: Mapping[str, Stored],
-  layer: Mapping[str, Stored],
-) -> dict[str, Stored]:
-  """Where the parameters lie, of those that `decoder.table(m)` has.
+  A weight of a layer is a matrix [out, in], all else lies as it is, flat.
 
   Args:
-    prefix: of the tensors of a layer, `<prefix>.layers.<i>.`.
     m: the model's sizes.
-    top: by our name.
-    layer: of one layer; ours without "layers/", theirs without the prefix.
+    names: ours, without "layers/" -> theirs, with "{}" for the layer.
   """
-  known = dict(top)
-  for name, s in layer.items():
-    theirs = f"{prefix}.layers.{{}}.{s.name}"
-    known[f"layers/{name}"] = s._replace(name=theirs)
-  return {name: known[name] for name in decoder.table(m)}
+  out = {}
+  for ours, p in decoder.table(m).items():
+    short = ours.removeprefix("layers/")
+    if short not in names:  # the family says itself where it lies
+      continue
+    theirs, shape = names[short], p.shape[short != ours :]
+    if short in LINEAR:
+      out[ours] = Stored.linear(theirs, shape, LINEAR[short][0])
+    elif short == ours:
+      out[ours] = Stored.plain(theirs, *shape)
+    else:
+      out[ours] = Stored.flat(theirs, *shape)
+  return out

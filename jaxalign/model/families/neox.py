@@ -2,24 +2,34 @@
 
 from jaxalign.model import decoder
 from jaxalign.model.decoder import ModelConfig
-from jaxalign.model.families.fields import (
-  Family,
-  Fields,
-  Raw,
-  read_rope,
-  read_sizes,
-  rope_fields,
-  stored_under,
-  write_rope,
-  write_sizes,
-)
+from jaxalign.model.families import fields
+from jaxalign.model.families.fields import Family, Fields, Raw
 from jaxalign.model.parameters import Stored
+
+_TENSORS = {
+  "embed": "gpt_neox.embed_in.weight",
+  "norm": "gpt_neox.final_layer_norm.weight",
+  "norm_bias": "gpt_neox.final_layer_norm.bias",
+  "head": "lm_head.weight",
+}
+_LAYER = {
+  "attention_norm": "input_layernorm.weight",
+  "attention_norm_bias": "input_layernorm.bias",
+  "wo": "attention.dense.weight",
+  "bo": "attention.dense.bias",
+  "ff_norm": "post_attention_layernorm.weight",
+  "ff_norm_bias": "post_attention_layernorm.bias",
+  "w_up": "mlp.dense_h_to_4h.weight",
+  "b_up": "mlp.dense_h_to_4h.bias",
+  "w_down": "mlp.dense_4h_to_h.weight",
+  "b_down": "mlp.dense_4h_to_h.bias",
+}
 
 
 def _read_neox(raw: Raw) -> Fields:
   given = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-  fields = read_sizes(dict(raw, head_dim=None, num_key_value_heads=None))
-  rope = read_rope(given, raw["rotary_emb_base"], fields["context"])
+  found = fields.read_sizes(dict(raw, head_dim=None, num_key_value_heads=None))
+  rope = fields.read_rope(given, raw["rotary_emb_base"], found["context"])
   own = dict(
     norm="layer",
     gated=False,
@@ -29,57 +39,38 @@ def _read_neox(raw: Raw) -> Fields:
     parallel=bool(raw["use_parallel_residual"]),
     rotary=float(given.get("partial_rotary_factor", raw["rotary_pct"])),
   )
-  return fields | rope_fields(rope) | own
+  return found | fields.rope_fields(rope) | own
 
 
 def _write_neox(m: ModelConfig) -> Fields:
-  rope = decoder.ropes(m)[0]
-  out = write_sizes(m)
+  rope, out = decoder.ropes(m)[0], fields.write_sizes(m)
   for name in ("head_dim", "num_key_value_heads", "rms_norm_eps"):
     del out[name]
+  written = fields.write_rope(rope)
   return out | dict(
     layer_norm_eps=m.norm_eps,
     attention_bias=m.qkv_bias,
     use_parallel_residual=m.parallel,
     rotary_pct=m.rotary,
     rotary_emb_base=rope.theta,
-    rope_parameters=dict(write_rope(rope), partial_rotary_factor=m.rotary),
+    rope_parameters=dict(written, partial_rotary_factor=m.rotary),
   )
 
 
 def _neox_stored(m: ModelConfig) -> dict[str, Stored]:
-  d, h, c, f, v = m.width, m.heads, m.head_size, m.ff, m.vocab
-  plain, swapped = Stored.plain, lambda name, *s: Stored(name, s, s, (1, 0))
-  fused = "attention.query_key_value"
-  output = (d, h * c), (d, h, 1, c), (1, 2, 3, 0)
-  layer = {
-    "wo": Stored("attention.dense.weight", *output),
-    "bo": plain("attention.dense.bias", d),
-    "w_up": swapped("mlp.dense_h_to_4h.weight", f, d),
-    "b_up": plain("mlp.dense_h_to_4h.bias", f),
-    "w_down": swapped("mlp.dense_4h_to_h.weight", d, f),
-    "b_down": plain("mlp.dense_4h_to_h.bias", d),
-  }
+  d, h, c = m.width, m.heads, m.head_size
+  layer = {n: f"gpt_neox.layers.{{}}.{name}" for n, name in _LAYER.items()}
+  out = fields.stored_by_name(m, _TENSORS | layer)
+  fused = "gpt_neox.layers.{}.attention.query_key_value"
   for i, name in enumerate("qkv"):
     front = (h, 1) if name == "q" else (h,)  # G = H, so Q = 1
     n, view, own = len(front), (*front, 3, c), tuple(range(len(front) + 1))
-    bias = (3 * h * c,), view, own, (n, i)
-    layer[f"b{name}"] = Stored(f"{fused}.bias", *bias)
     weight = (3 * h * c, d), (*view, d), (n + 1, *own), (n, i)
-    layer[f"w{name}"] = Stored(f"{fused}.weight", *weight)
-  norms = dict(
-    attention_norm="input_layernorm", ff_norm="post_attention_layernorm"
-  )
-  for ours, theirs in norms.items():
-    layer[ours] = plain(f"{theirs}.weight", d)
-    layer[f"{ours}_bias"] = plain(f"{theirs}.bias", d)
-  top = {
-    "embed": plain("gpt_neox.embed_in.weight", v, d),
-    "norm": plain("gpt_neox.final_layer_norm.weight", d),
-    "norm_bias": plain("gpt_neox.final_layer_norm.bias", d),
-    "head": plain("lm_head.weight", v, d),
-  }
-  return stored_under("gpt_neox", m, top, layer)
+    out[f"layers/w{name}"] = Stored(f"{fused}.weight", *weight)
+    if m.qkv_bias:
+      bias = (3 * h * c,), view, own, (n, i)
+      out[f"layers/b{name}"] = Stored(f"{fused}.bias", *bias)
+  return {name: out[name] for name in decoder.table(m)}
 
 
 _NEOX = dict(

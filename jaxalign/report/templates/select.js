@@ -12,7 +12,7 @@ const text = (key, i) => {  // a coded column, or "" where there is none
 const kept = (i) => data.rank[i] <= data.selected;
 const show = (x, digits) => x === null ? "–" : digits === undefined
   ? String(x).replace("-", "−") : x.toFixed(digits).replace("-", "−");
-const said = (x) => x === null ? "none"  // as card/rows.py `shown`
+const figure = (x) => x === null ? "none"  // as `reasons.in_script`
   : x !== 0 && Math.abs(x) < 1e-4 ? x.toExponential() : String(x);
 const count = (x) => x.toLocaleString("en-US");
 const nearId = (i) => {
@@ -23,8 +23,8 @@ const copy = (i) => data.copy.includes(data.near_code[i]);
 
 function reason(i) {
   const words = {rank: count(data.rank[i]), near: nearId(i),
-    score: said(data.score[i]),
-    cosine: said(data.cosine ? data.cosine[i] : null), ...data.common};
+    score: figure(data.score[i]),
+    cosine: figure(data.cosine ? data.cosine[i] : null), ...data.common};
   const whole = data.words.why[data.why[i]] +
     data.words.near[data.near_code[i]] + data.words.length[data.tail[i]];
   return whole.replace(/\{(\w+)\}/g, (_, name) => words[name]);
@@ -40,7 +40,7 @@ const columns = [
   {key: "score", head: "Score", width: "5.4rem", right: true,
    value: (i) => data.score[i],
    text: (i) => data.score[i] === null ? "–"
-     : said(data.score[i]).replace("-", "−")},
+     : figure(data.score[i]).replace("-", "−")},
   {key: "id", head: "Id", width: "minmax(6rem,9rem)", code: true,
    value: (i) => data.id[i], text: (i) => data.id[i]}];
 if (data.length) columns.push(
@@ -238,9 +238,9 @@ function element(name, words, kind) {
 
 function texts(i) {
   return data.texts.flatMap((t) => {
-    const said = element("pre", t.at[i], t.kind);
-    said.dir = "auto";
-    return [element("h4", t.name), said];
+    const body = element("pre", t.at[i], t.kind);
+    body.dir = "auto";
+    return [element("h4", t.name), body];
   });
 }
 

@@ -3,14 +3,14 @@
 A sampler is `sampler(seed, pool, budget, **kwargs) -> Selection` of `budget` M
 of the pool's N rows, best first, and a score of all. The seed is an int, not a
 jax key: random numbers are hashes of (seed, record id), so a record draws the
-same number in any order, on any mesh, in any part of a pool.
+same number in any order, on any mesh, in any subset of a pool.
 
 It declares what it reads and, if it can, what it takes: `@needs("embedding",
 cost=...)`; see `select.pool.needs` and `select.costs`. A sampler that is
 greedy runs over the rows in id order, with ties by a hash of the id. What is
 held does not grow as N x N (facility location keeps at most 512 MiB of
-columns), and a method that would take more than a day says so, with the hours,
-before it starts. `combine` makes samplers of samplers.
+columns), and a method that would take more than a day is refused, with the
+hours, before it starts. `chains` makes samplers of samplers.
 
 Keywords mean the same in all of them: `direction`, which end of a score is
 kept (`values.directed`); `side`, which number stands for a pair
@@ -36,7 +36,7 @@ SAMPLERS = {
   "stratified": draws.stratified,
   "length_matched": draws.length_matched,
   "isa": isa.isa,
-  # What a model says of each response.
+  # A model's score of each response.
   "length": scores.length,
   "perplexity": scores.perplexity,
   "ifd": scores.ifd,

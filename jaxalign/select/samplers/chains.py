@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxalign.core import lookup
 from jaxalign.core.errors import ConfigError, JaxalignError
-from jaxalign.select.costs import of_scores, one_after_another, Sizes, Work
+from jaxalign.select.costs import of_scores, one_after_another
 from jaxalign.select.pool import Pool, Selection, SHAPES
 from jaxalign.select.samplers import dedup as dedup_lib
 from jaxalign.select.samplers import SAMPLERS, values
@@ -49,72 +49,53 @@ def _union(samplers: Sequence[Sampler], mark: str, *more: str) -> tuple:
   return tuple(dict.fromkeys((*names, *more)))
 
 
-def _total_cost(samplers: Sequence[Sampler]) -> Callable[..., Work] | None:
-  """What all of them take together; None where one does not say."""
+def _total_cost(*samplers: Sampler, step: Callable | None = None):
+  """The cost of a step and of samplers; None where one has none."""
   if any(getattr(one, "cost", None) is None for one in samplers):
     return None
 
-  def cost(sizes: Sizes, **kwargs: Any) -> Work:
-    works = [
-      one.cost(sizes, **kwargs | getattr(one, "keywords", {}))
-      for one in samplers
-    ]
+  def cost(sizes, **kwargs):
+    works = [step(sizes)] if step else []
+    for one in samplers:
+      works.append(one.cost(sizes, **kwargs | getattr(one, "keywords", {})))
     return one_after_another(*works)
 
   return cost
 
 
-def _wrap(
-  inner: Sampler,
-  fn: Callable,
-  *columns: str,
-  cost: Callable = of_scores,
-  copies_rows: bool = True,
-) -> Sampler:
-  """fn(inner bound to its keywords, seed, pool, budget) as a sampler.
-
-  Args:
-    inner, fn: see above.
-    *columns: that fn reads.
-    cost: of fn.
-    copies_rows: whether the inner one is handed a copy of some rows.
-  """
+def _wrap(inner, fn, *columns, cost=of_scores, copies_rows=True) -> Sampler:
+  """fn(inner with its keywords, seed, pool, budget), which reads more columns,
+  as a sampler; the cost is of fn alone."""
 
   @functools.wraps(inner)
-  def sampler(seed: int, pool: Pool, budget: int, **kwargs) -> Selection:
+  def sampler(seed, pool, budget, **kwargs):
     return fn(functools.partial(inner, **kwargs), seed, pool, budget)
 
-  sampler.__doc__ = fn.__doc__
   sampler.keywords = getattr(inner, "keywords", {})  # bound, "isa(order=...)"
   sampler.needs = _union([inner], "needs", *columns)
-  both = _total_cost([inner])
-  if both is not None:
-    sampler.cost = lambda sizes, **kwargs: one_after_another(
-      cost(sizes), both(sizes, **kwargs)
-    )
-  sampler.copies_rows = copies_rows or getattr(inner, "copies_rows", False)
+  sampler.cost = _total_cost(inner, step=cost)
+  copied = inner.needs if copies_rows else ()
+  sampler.copied = {*getattr(inner, "copied", ()), *copied}
   return sampler
 
 
-def _within(
-  inner: Sampler,
-  seed: int,
-  pool: Pool,
-  budget: int,
-  keep: np.ndarray,
-  what: str,
-) -> Selection:
-  """Runs a sampler on the rows of a mask; the others rank below them all."""
-  rows = np.flatnonzero(keep)
-  if rows.size < budget:
-    raise ConfigError(
-      f"{what} leaves {rows.size} of {len(keep)} rows, the budget wants "
-      f"{budget}; set config.select.budget, or the {what.split(' ')[0]}"
-    )
-  found = inner(seed, take(pool, rows, inner), budget)
-  score = np.full(len(keep), found.score.min() - 1)
-  score[rows] = found.score
-  return Selection(rows[found.rows], score, found.notes)
+def _among(inner, what, mask, *columns, cost=of_scores):
+  """The inner sampler on the rows of mask(pool); all others rank below."""
+
+  def among(inner, seed, pool, budget):
+    keep = mask(pool)
+    rows = np.flatnonzero(keep)
+    if rows.size < budget:
+      raise ConfigError(
+        f"{what} leaves {rows.size} of {len(keep)} rows, the budget wants "
+        f"{budget}; set config.select.budget, or the {what.split(' ')[0]}"
+      )
+    inside = inner(seed, take(pool, rows, inner), budget)
+    score = np.full(len(keep), inside.score.min() - 1)
+    score[rows] = inside.score
+    return Selection(rows[inside.rows], score, inside.notes)
+
+  return _wrap(inner, among, *columns, cost=cost)
 
 
 def gate(
@@ -130,7 +111,7 @@ def gate(
     inner: chooses among them.
     column: [N] or [N, R] numbers, "log_likelihood" or "reward" for instance.
     low, high: quantiles of the pool; 0.2 and 1 leave out the lowest fifth.
-    side: of a pair, see `values.one_side`; "min" asks it of both sides.
+    side: of a pair, see `values.one_side`; with "min" both sides must pass.
   """
   what = f"gate on {column!r} from {low} to {high}"
   if not 0 <= low < high <= 1:
@@ -138,14 +119,12 @@ def gate(
       f"{what}, wanted two quantiles from 0 to 1, the first below the second"
     )
 
-  def gated(inner, seed, pool, budget):
-    """The inner sampler's rows among the rows that pass the gate."""
+  def passes(pool):
     value = values.one_side(values.column(pool, column), side)
     rank = values.quantiles(value)
-    keep = (rank >= low) & (rank <= high)
-    return _within(inner, seed, pool, budget, keep, what)
+    return (rank >= low) & (rank <= high)
 
-  return _wrap(inner, gated, column)
+  return _among(inner, what, passes, column)
 
 
 def dedup(
@@ -168,17 +147,15 @@ def dedup(
   if not -1 <= threshold < 1:
     raise ConfigError(f"{what}, wanted -1 or more and below 1")
 
-  def deduplicated(inner, seed, pool, budget):
-    """The inner sampler's rows among rows that are no near-copies."""
+  def distinct(pool):
     x = directions(pool, pair, metric)
     count = dedup_lib.cluster_count(clusters, len(x))
-    keep = dedup_lib.most_alike(x, pool.ids, count, seed=0) <= threshold
-    return _within(inner, seed, pool, budget, keep, what)
+    return dedup_lib.most_alike(x, pool.ids, count, seed=0) <= threshold
 
   cost = functools.partial(
     dedup_lib.semdedup_work, clusters=clusters, pair=pair
   )
-  return _wrap(inner, deduplicated, "embedding", cost=cost)
+  return _among(inner, what, distinct, "embedding", cost=cost)
 
 
 def quota(
@@ -188,15 +165,14 @@ def quota(
 
   Args:
     inner: chooses within each group, as if the group were the pool.
-    by: a column, or several: "label", "source", "length" (in `bins` parts).
+    by: a column, or several: "label", "source", "length" (in `bins`).
     shares: "pool" (as in the pool), "equal", or, for one column, a mapping
       from its value to a share, 0 for values that are left out.
-    bins: parts of the length, of equal number.
+    bins: of the length, of equal number.
   """
   by = (by,) if isinstance(by, str) else tuple(by)
 
-  def shared(inner, seed, pool, budget):
-    """The inner sampler's rows within each group, by quota."""
+  def by_group(inner, seed, pool, budget):
     group = groups_of(pool, by, bins)
     count = _quotas(pool, group, by, shares, budget)
     score = np.full(len(pool.ids), np.nan)
@@ -210,15 +186,15 @@ def quota(
         whole.append(f"{name} ({len(rows)})")
         continue
       try:
-        found = inner(seed, take(pool, rows, inner), int(count[k]))
+        own = inner(seed, take(pool, rows, inner), int(count[k]))
       except JaxalignError as error:
         raise type(error)(
           f"quota by {', '.join(by)}, {count[k]} of {len(rows)} rows with "
           f"{name}: {error}"
         ) from error
-      score[rows] = found.score
-      kept[rows[found.rows]] = True
-      notes[name] = found.notes
+      score[rows] = own.score
+      kept[rows[own.rows]] = True
+      notes[name] = own.notes
     lines = _joined_notes(notes)
     if whole:
       more = f" and {len(whole) - 5} more" if len(whole) > 5 else ""
@@ -226,14 +202,14 @@ def quota(
         f"quota takes all rows with {'; '.join(whole[:5])}{more}: no sampler "
         "ranked them, they come after those it chose"
       )
-    # What no sampler saw ranks as the last that one chose, and what no place
-    # was left for below all that was kept.
+    # Rows no sampler saw rank as the last that one chose, and all that are not
+    # kept below.
     unseen = np.isnan(score)
     score[unseen] = score[kept & ~unseen].min() if notes else 0
     score = np.where(kept, score, score - (np.ptp(score) + 1))
     return Selection(top(score, pool.ids, budget), score, tuple(lines))
 
-  return _wrap(inner, shared, *by)
+  return _wrap(inner, by_group, *by)
 
 
 def _quotas(pool, group, by, shares, budget):
@@ -265,7 +241,7 @@ def _quotas(pool, group, by, shares, budget):
   count = apportion(weight / weight.sum(), every, budget)
   for k in np.flatnonzero(count > room)[:1]:
     raise ConfigError(
-      f"quota asks for {count[k]} rows of {by[0]} {names[k]!r}, the pool has "
+      f"quota wants {count[k]} rows of {by[0]} {names[k]!r}, the pool has "
       f"{room[k]}; set config.select.budget or the shares"
     )
   return count
@@ -273,28 +249,27 @@ def _quotas(pool, group, by, shares, budget):
 
 def _group_name(pool: Pool, by: Sequence[str], rows: np.ndarray) -> str:
   """What rows of one group have in common: "source 'web', length 3 to 9"."""
-  parts = []
+  names = []
   for name in by:
     value = np.asarray(getattr(pool, name))[rows]
     if name == "length":
       mean = value.reshape(len(rows), -1).mean(axis=1)
-      parts.append(f"length {mean.min():g} to {mean.max():g}")
+      names.append(f"length {mean.min():g} to {mean.max():g}")
     else:
-      parts.append(f"{name} {value[:1].tolist()[0]!r}")
-  return ", ".join(parts)
+      names.append(f"{name} {value[:1].tolist()[0]!r}")
+  return ", ".join(names)
 
 
 def _joined_notes(by_group: Mapping[str, Sequence[str]]) -> list[str]:
-  """Notes by group: once those of all, the others with the group's name."""
-  every = [set(notes) for notes in by_group.values()]
-  common = set.intersection(*every) if every else set()
-  out = []
+  """Notes of all groups once, the others with the group's name."""
+  joined = []
   for name, notes in by_group.items():
     for note in notes:
-      text = note.removeprefix("warning: ")
-      mark = note[: len(note) - len(text)]
-      out.append(note if note in common else f"{mark}{name}: {text}")
-  return list(dict.fromkeys(out))
+      if not all(note in others for others in by_group.values()):
+        text = note.removeprefix("warning: ")
+        note = note.removesuffix(text) + f"{name}: {text}"
+      joined.append(note)
+  return list(dict.fromkeys(joined))
 
 
 def diverse(
@@ -311,11 +286,10 @@ def diverse(
   """
 
   def spread(inner, seed, pool, budget):
-    """The best rows of the inner sampler that are unlike one another."""
     x = directions(pool, pair, metric)
-    found = inner(seed, pool, budget)
-    kept = dedup_lib.diverse(found.score, x, pool.ids, budget, threshold)
-    return kept._replace(notes=found.notes)
+    all_rows = inner(seed, pool, budget)
+    kept = dedup_lib.diverse(all_rows.score, x, pool.ids, budget, threshold)
+    return kept._replace(notes=all_rows.notes)
 
   cost = functools.partial(dedup_lib.diverse_work, pair=pair)
   return _wrap(inner, spread, "embedding", cost=cost, copies_rows=False)
@@ -331,41 +305,38 @@ def product(*inner: Sampler) -> Sampler:
   if not inner:
     raise ConfigError("a product of no samplers; wanted one or more")
 
-  def sampler(seed: int, pool: Pool, budget: int) -> Selection:
-    """Rows by the product of the ranks of several scores."""
-    found = [one(seed, pool, budget) for one in inner]
-    score = sum(np.log(values.quantiles(one.score)) for one in found)
-    notes = dict.fromkeys(note for one in found for note in one.notes)
+  def sampler(seed, pool, budget):
+    each = [one(seed, pool, budget) for one in inner]
+    score = sum(np.log(values.quantiles(one.score)) for one in each)
+    notes = dict.fromkeys(note for one in each for note in one.notes)
     return values.ranked(score, pool, budget)._replace(notes=tuple(notes))
 
   sampler.needs = _union(inner, "needs")
   sampler.optional = _union(inner, "optional")
   sampler.pairs = any(one.pairs for one in inner)
-  sampler.cost = _total_cost(inner)
+  sampler.cost = _total_cost(*inner)
   return sampler
 
 
 COMBINATORS = {"gate": gate, "dedup": dedup, "quota": quota, "diverse": diverse}
 
 
-def compose(sampler: Sampler, steps: Sequence[lookup.Term]) -> Sampler:
-  """A sampler behind some steps, the first of which sees the whole pool.
-
-  Raises:
-    ConfigError: an unknown name or keyword.
-  """
-  for name, kwargs in reversed(steps):
-    if name not in COMBINATORS:
-      raise ConfigError(
-        f"unknown step {name!r}, wanted one of {', '.join(COMBINATORS)}"
-      )
-    known = list(inspect.signature(COMBINATORS[name]).parameters)[1:]
-    lookup.check_keywords(kwargs, known, f"step {name!r}", "select.sampler")
-    sampler = COMBINATORS[name](sampler, **kwargs)
-  return sampler
+def _behind(step: list[lookup.Term | float], sampler: Sampler) -> Sampler:
+  """A sampler that sees what a step leaves."""
+  if len(step) != 1 or not isinstance(step[0], lookup.Term):
+    text = " * ".join(map(str, step))
+    raise ConfigError(f"step {text!r} is not of the form name(keyword=value)")
+  name, kwargs = step[0]
+  if name not in COMBINATORS:
+    raise ConfigError(
+      f"unknown step {name!r}, wanted one of {', '.join(COMBINATORS)}"
+    )
+  known = list(inspect.signature(COMBINATORS[name]).parameters)[1:]
+  lookup.check_keywords(kwargs, known, f"step {name!r}", "select.sampler")
+  return COMBINATORS[name](sampler, **kwargs)
 
 
-def named(name: str, knob: str = "select.sampler") -> Sampler:
+def find_sampler(name: str, knob: str = "select.sampler") -> Sampler:
   """The sampler that a config's name or chain means.
 
   It needs the columns that its keywords name too, "dpp(quality=p_yes)".
@@ -380,33 +351,28 @@ def named(name: str, knob: str = "select.sampler") -> Sampler:
     ConfigError: an unknown name, step or keyword.
   """
   *steps, last = lookup.parse(name, "|", "sampler", knob)
-  found = []
+  samplers = []
   for term in last:
     one = lookup.find(SAMPLERS, term, "sampler", knob)
     if not hasattr(one, "needs"):
       raise ConfigError(
-        f"sampler {str(term)!r} does not say what it reads; mark the function "
+        f"sampler {str(term)!r} does not declare what it reads; mark it "
         f"with jaxalign.select.pool.needs, or set config.{knob}"
       )
     words = getattr(one, "keywords", {}).values()
     columns = [v for v in words if isinstance(v, str) and v in SHAPES]
     if columns:
       one.needs = _union([one], "needs", *columns)
-    found.append(one)
-  sampler = found[0] if len(found) == 1 else product(*found)
+    samplers.append(one)
+  sampler = samplers[0] if len(samplers) == 1 else product(*samplers)
   try:
-    return compose(sampler, [_step(part) for part in steps])
+    return functools.reduce(
+      lambda s, step: _behind(step, s), steps[::-1], sampler
+    )
   except (ConfigError, TypeError) as error:
     raise ConfigError(
       f"sampler {name!r}: {error}; set config.{knob}"
     ) from error
-
-
-def _step(factors: list[lookup.Term | float]) -> lookup.Term:
-  if len(factors) == 1 and isinstance(factors[0], lookup.Term):
-    return factors[0]
-  text = " * ".join(map(str, factors))
-  raise ConfigError(f"step {text!r} is not of the form name(keyword=value)")
 
 
 def sampler_names(name: str) -> list[str]:

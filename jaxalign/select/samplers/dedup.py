@@ -137,7 +137,7 @@ def semdedup(
 
   SemDeDup drops a row whose cosine with an earlier one of its cluster is
   above 1 - epsilon; here the budget sets that threshold. A step before
-  another sampler rather than one by itself: see `combine.dedup`, where the
+  another sampler rather than one by itself: see `chains.dedup`, where the
   threshold is set.
 
   Args:
@@ -235,7 +235,7 @@ def deita(
   """The best rows by reward that are unlike one another; see `diverse`.
 
   DEITA's own score is complexity x quality, of models made for instruction
-  tuning; `combine.diverse` does the same over any other score.
+  tuning; `chains.diverse` does the same over any other score.
 
   Args:
     side: of a pair's reward; see `values.one_side`.

@@ -7,14 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign.core.errors import NumericError
-from jaxalign.select.chunks import less, ordered_sum
+from jaxalign.select.chunks import by_chunk, by_row, less, ordered_sum, place
 from jaxalign.select.costs import ID_BYTES, Sizes, Work
-from jaxalign.select.pool import needs, Pool, Selection
+from jaxalign.select.pool import needs
 from jaxalign.select.samplers.values import is_count, ranked, require
 from jaxalign.select.samplers.vectors import (
-  by_chunk,
-  by_row,
-  place,
   refuse_above,
   refuse_long,
   vectors,
@@ -23,18 +20,18 @@ from jaxalign.select.samplers.vectors import (
 from jaxalign.select.topk import gumbel, uniform
 
 EXACT_ROWS = 200_000  # N^2 kernels are computed up to here
-_BLOCK = 256  # rows compared with all others at once, where exact
+_TOGETHER = 256  # rows compared with all others at once, where exact
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def median_distance(x: np.ndarray, ids: np.ndarray) -> float:
   """The median distance between 512 rows, chosen by a hash of their ids."""
   some = np.argsort(uniform(0, ids, "bandwidth"), kind="stable")[:512]
-  part = np.float64(x[np.sort(some)])
-  part -= part.mean(axis=0)
-  square = (part**2).sum(1)
-  distance = square[:, None] + square[None] - 2 * part @ part.T
-  upper = distance[np.triu_indices(len(part), 1)]
+  sample = np.float64(x[np.sort(some)])
+  sample -= sample.mean(axis=0)
+  square = (sample**2).sum(1)
+  distance = square[:, None] + square[None] - 2 * sample @ sample.T
+  upper = distance[np.triu_indices(len(sample), 1)]
   median = math.sqrt(max(0.0, np.median(upper))) if upper.size else 0.0
   if not median > 1e-6 * math.sqrt(max(square.max(), 1e-60)):
     raise NumericError(
@@ -63,10 +60,9 @@ def frequencies(
   return rng.normal(size=(features, width)) / bandwidth
 
 
-def _blocks(w):
-  """[D, W] -> [blocks, D / blocks, W], so that few angles are held at once."""
-  wide = math.gcd(w.shape[0], 128)
-  return w.reshape(-1, wide, w.shape[1])
+def _chunked(w):
+  """[D, W] -> [chunks, D / chunks, W], so that few angles are held at once."""
+  return w.reshape(-1, math.gcd(w.shape[0], 128), w.shape[1])
 
 
 def _angles(x, w):
@@ -74,30 +70,30 @@ def _angles(x, w):
 
 
 def _feature_sums(w, x, real):
-  """Sums over the rows of the cosines and sines: [2, blocks, D / blocks]."""
+  """Sums over the rows of the cosines and sines: [2, chunks, D / chunks]."""
 
-  def block(one):
-    a = _angles(x, one)
+  def sums(some):
+    a = _angles(x, some)
     return jnp.stack(
       [jnp.sum(real[:, None] * f(a), axis=0) for f in (jnp.cos, jnp.sin)]
     )
 
-  return jnp.moveaxis(jax.lax.map(block, _blocks(w)), 1, 0)
+  return jnp.moveaxis(jax.lax.map(sums, _chunked(w)), 1, 0)
 
 
 def _feature_scores(w, means, x, real):
   """[rows] products of each row's features with the means of all."""
   del real
 
-  def add(total, block):
-    one, cosines, sines = block
-    a = _angles(x, one)
+  def add(total, chunk):
+    some, cosines, sines = chunk
+    a = _angles(x, some)
     return total + jnp.sum(
       jnp.cos(a) * cosines[None] + jnp.sin(a) * sines[None], axis=1
     ), None
 
-  start = jnp.zeros_like(x[:, 0])
-  return jax.lax.scan(add, start, (_blocks(w), means[0], means[1]))[0]
+  zero = jnp.zeros_like(x[:, 0])
+  return jax.lax.scan(add, zero, (_chunked(w), means[0], means[1]))[0]
 
 
 def _kernel_sums(other, real, scale, x, mine):
@@ -106,7 +102,7 @@ def _kernel_sums(other, real, scale, x, mine):
   square = (
     jnp.sum(x * x, axis=1)[:, None]
     + jnp.sum(other * other, 1)[None]
-    - 2 * jnp.einsum("rw,pw->rp", x, other, precision=_HIGHEST)
+    - 2 * _angles(x, other)
   )
   return jnp.sum(jnp.exp(-jnp.maximum(square, 0.0) * scale) * real[None], 1)
 
@@ -139,12 +135,13 @@ def kernel_density(
     means = ordered_sum(by_chunk(_feature_sums, placed, w)) / n
     f = by_row(_feature_scores, placed, w, means) / features
   else:
-    f = np.zeros(n)
-    for start in range(0, n, _BLOCK):
-      part = np.zeros((_BLOCK, x.shape[1]), np.float32)
-      part[: len(x[start : start + _BLOCK])] = x[start : start + _BLOCK]
-      real = np.arange(start, start + _BLOCK) < n
-      f += by_row(_kernel_sums, placed, part, real, 0.5 / bandwidth**2)
+    f, scale = np.zeros(n), 0.5 / bandwidth**2
+    for start in range(0, n, _TOGETHER):
+      some = x[start : start + _TOGETHER]
+      more = _TOGETHER - len(some)
+      real = np.arange(_TOGETHER) < len(some)
+      some = np.pad(some, ((0, more), (0, 0)))
+      f += by_row(_kernel_sums, placed, some, real, scale)
     f /= n
   return np.maximum(np.float64(f), 1 / n)
 
@@ -154,9 +151,7 @@ def bandwidth_bytes(p: Sizes) -> float:
   return 3 * 8 * min(p.n, 512) ** 2
 
 
-def _density_work(
-  p: Sizes, *, features: int = 1024, pair: str = "mean", **_
-) -> Work:
+def _density_work(p: Sizes, *, features=1024, pair="mean", **_) -> Work:
   width = width_of(p, pair)
   rows = 4 * p.n * width
   return Work(
@@ -168,15 +163,15 @@ def _density_work(
 
 @needs("embedding", cost=_density_work)
 def density(
-  seed: int,
-  pool: Pool,
-  budget: int,
+  seed,
+  pool,
+  budget,
   *,
-  pair: str = "mean",
-  metric: str = "cosine",
-  bandwidth: float | str = "median",
-  features: int = 1024,
-) -> Selection:
+  pair="mean",
+  metric="cosine",
+  bandwidth="median",
+  features=1024,
+):
   """Draws rows with probability 1 / density, Sachdeva et al. 2024, Alg. 2.
 
   Without replacement, w_i = 1 / f_i with f the kernel density of

@@ -3,7 +3,7 @@
 import numpy as np
 
 from jaxalign.select.costs import of_draws
-from jaxalign.select.pool import needs, Pool, Selection
+from jaxalign.select.pool import needs, Pool
 from jaxalign.select.samplers.values import (
   column,
   is_count,
@@ -17,7 +17,7 @@ STRATA = ("source", "label", "length")
 
 
 @needs(cost=of_draws)
-def random(seed: int, pool: Pool, budget: int) -> Selection:
+def random(seed, pool, budget):
   """Uniformly drawn rows: the highest hashes of (seed, record id).
 
   A smaller budget is a prefix of a larger one, and a record keeps its number,
@@ -29,21 +29,18 @@ def random(seed: int, pool: Pool, budget: int) -> Selection:
 def groups_of(pool: Pool, by: tuple[str, ...], bins: int = 4) -> np.ndarray:
   """[N] int64, which combination of the named columns' values a row has.
 
-  Args:
-    pool: has the columns; a length is the mean over a row's responses.
-    by: column names; "length" is cut into `bins` parts of equal number, where
-      equal lengths stay together.
-    bins: of the length.
+  "length" is the mean over a row's responses, cut into `bins` of equal number;
+  equal lengths stay together.
   """
   group = np.zeros(len(pool.ids), np.int64)
   for name in by:
     if name == "length":
       mean = column(pool, "length").mean(axis=1)
-      part = np.minimum((quantiles(mean) * bins).astype(np.int64), bins - 1)
+      value = np.minimum((quantiles(mean) * bins).astype(np.int64), bins - 1)
     else:
-      part = np.asarray(getattr(pool, name))
-    _, part = np.unique(part, return_inverse=True)
-    group = group * (part.max() + 1) + part
+      value = np.asarray(getattr(pool, name))
+    _, code = np.unique(value, return_inverse=True)
+    group = group * (code.max() + 1) + code
   return np.unique(group, return_inverse=True)[1]
 
 
@@ -51,11 +48,11 @@ def apportion(shares: np.ndarray, room: np.ndarray, budget: int) -> np.ndarray:
   """Whole numbers that add up to `budget`, as near to the shares as can be.
 
   The method of largest remainders (a tie goes to the earlier); what does not
-  fit into a full part is first divided among the others.
+  fit into a full group is first divided among the others.
 
   Args:
     shares: [G] >= 0, any scale.
-    room: [G] int64, the most each part can take.
+    room: [G] int64, the most each group can take.
     budget: at most the sum of `room`.
   """
   given = np.zeros(len(shares), np.int64)
@@ -63,7 +60,7 @@ def apportion(shares: np.ndarray, room: np.ndarray, budget: int) -> np.ndarray:
   while True:
     left = budget - int(given[~open_].sum())
     weight = np.where(open_, shares, 0.0)
-    if weight.sum() == 0:  # only parts without a share have room
+    if weight.sum() == 0:  # only groups without a share have room
       weight = np.where(open_, 1.0, 0.0)
     exact = weight * (left / max(weight.sum(), 1e-300))
     full = open_ & (exact >= room)
@@ -89,9 +86,7 @@ def place_in_group(
   return out
 
 
-def _drawn_by_group(
-  seed: int, pool: Pool, budget: int, group: np.ndarray, count: np.ndarray
-) -> Selection:
+def _drawn_by_group(seed, pool, budget, group, count):
   """The draw of `random`, `count` of each group; the others lose 1."""
   score = uniform(seed, pool.ids, "random")
   place = place_in_group(group, score, np.arange(len(score)))
@@ -99,21 +94,13 @@ def _drawn_by_group(
 
 
 @needs("length", optional=("source", "label"), cost=of_draws)
-def stratified(
-  seed: int,
-  pool: Pool,
-  budget: int,
-  *,
-  by: str | tuple[str, ...] = STRATA,
-  bins: int = 4,
-  shares: str = "pool",
-) -> Selection:
+def stratified(seed, pool, budget, *, by=STRATA, bins=4, shares="pool"):
   """Random rows, a fixed number from each source x label x length; O(N).
 
   Args:
     by: the column or columns that make the strata; of the default ones those
       that the pool has.
-    bins: parts of equal number into which lengths are cut.
+    bins: of equal number, into which lengths are cut.
     shares: "pool", as many of a stratum as it has of the pool; or "equal", as
       many of each as there are to take.
   """
@@ -121,17 +108,14 @@ def stratified(
   require(shares in known, "shares", shares, known)
   require(is_count(bins), "bins", bins, "1 or more")
   by = (by,) if isinstance(by, str) else tuple(by)
-  unknown = {*by} - {*STRATA, *pool.columns}
-  require(
-    not unknown, "by", by, f"columns of {', '.join(sorted(pool.columns))}"
-  )
+  wanted = f"columns of {', '.join(sorted(pool.columns))}"
+  require({*by} <= {*STRATA, *pool.columns}, "by", by, wanted)
   group = groups_of(pool, tuple(n for n in by if n in pool.columns), int(bins))
   room = np.bincount(group)
   # Which stratum a lone row goes to where remainders tie must not follow the
   # order of values: the least hash of an id in it decides.
-  hashes = id_hash(pool.ids, f"stratified:{int(seed)}")
   first = np.full(len(room), np.iinfo(np.uint64).max, np.uint64)
-  np.minimum.at(first, group, hashes)
+  np.minimum.at(first, group, id_hash(pool.ids, f"stratified:{int(seed)}"))
   order = np.argsort(first, kind="stable")
   weight = np.float64(room if shares == "pool" else np.ones(len(room)))
   count = np.empty(len(room), np.int64)
@@ -140,19 +124,17 @@ def stratified(
 
 
 @needs("length", "subset", cost=of_draws)
-def length_matched(
-  seed: int, pool: Pool, budget: int, *, bins: int = 20
-) -> Selection:
+def length_matched(seed, pool, budget, *, bins=20):
   """Random rows, as long as those of another arm: a control for length.
 
-  What a sampler wins by taking longer answers, these rows win too.
+  What a sampler gains by taking longer answers, these rows gain too.
 
   Args:
     pool: `length` [N, R], whose mean over responses is matched; `subset` [N]
       bool, the rows of the other arm.
-    bins: parts of equal number into which the other arm's lengths are cut;
-      equal lengths stay together. Each bin gives as many rows as that arm has
-      in it where the budgets are the same.
+    bins: of equal number, into which the other arm's lengths are cut; equal
+      lengths stay together. Each bin gives as many rows as that arm has in it
+      where the budgets are the same.
   """
   subset = column(pool, "subset")[:, 0] > 0
   mean = column(pool, "length").mean(axis=1)

@@ -1,17 +1,17 @@
 """Rows by where they lie: k-center and herding.
 
 Both greedy methods take one row after the other and are exact: a pick is
-decided in float64 on the host. The devices only say, in float32 and with a
-bound on its error, which rows cannot be the next one.
+decided in float64 on the host. The devices only rule out, in float32 and with
+a bound on its error, rows that cannot be the next one.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.select.chunks import less
+from jaxalign.select.chunks import by_row, less, padded, place
 from jaxalign.select.costs import ID_BYTES, Sizes, Work
-from jaxalign.select.pool import needs, Pool, Selection
+from jaxalign.select.pool import needs, Selection
 from jaxalign.select.samplers.density import (
   bandwidth_bytes,
   frequencies,
@@ -23,30 +23,23 @@ from jaxalign.select.samplers.kmeans import (
   run_greedy,
 )
 from jaxalign.select.samplers.values import in_order
-from jaxalign.select.samplers.vectors import (
-  by_row,
-  lengths,
-  place,
-  Placed,
-  ROUNDING,
-  vectors,
-)
-from jaxalign.select.topk import id_hash, pick, uniform
+from jaxalign.select.samplers.vectors import lengths, ROUNDING, vectors
+from jaxalign.select.topk import id_hash, largest, pick, uniform
 
 ACTIVE = 1024  # rows that are kept up to date after every pick
-_TIE = 1e-12  # share of the scale within which two float64 numbers are equal
+_TIE = 1e-12  # of the scale, within which two float64 numbers are equal
 _HIGHEST = jax.lax.Precision.HIGHEST
-
-
-def _nearest(centres, squares, x, xx):
-  """[rows] smallest squared distance to the centres."""
-  product = jnp.einsum("rw,pw->rp", x, centres, precision=_HIGHEST)
-  return jnp.min(xx[:, None] + squares[None] - 2 * product, axis=1)
 
 
 def _products(w, x):
   """[rows, P] products of the rows with each w."""
   return jnp.einsum("rw,pw->rp", x, w, precision=_HIGHEST)
+
+
+def _nearest(centres, squares, x, xx):
+  """[rows] smallest squared distance to the centres."""
+  distance = xx[:, None] + squares[None] - 2 * _products(centres, x)
+  return jnp.min(distance, axis=1)
 
 
 def _on_host() -> bool:
@@ -57,75 +50,51 @@ def _on_host() -> bool:
   return jax.default_backend() == "cpu"
 
 
-def _all_products(
-  x: np.ndarray, placed: Placed | None, w: np.ndarray
-) -> np.ndarray:
-  """[N, P] float32 products of all rows with each w [P, W]."""
-  if placed is None:
-    return x @ np.float32(w).T
-  return by_row(_products, placed, _padded(w))
-
-
-def _padded(x: np.ndarray) -> np.ndarray:
-  """Repeats the last row up to a power of two, so that few shapes compile."""
-  size = max(8, 1 << (len(x) - 1).bit_length())
-  return np.concatenate([x, np.repeat(x[-1:], size - len(x), axis=0)])
-
-
 class _Distances:
   """Smallest squared distance to the chosen rows: near, and exact on demand."""
 
   def __init__(self, x: np.ndarray, budget: int):
-    self.x, self.mean = x, x.mean(axis=0, dtype=np.float64)
-    self.near = less(x, self.mean)
+    n, width = x.shape
+    self.x, self.near = x, less(x, x.mean(axis=0, dtype=np.float64))
     self.square = np.einsum("nw,nw->n", self.near, self.near)
     self.placed = place(self.near, self.square)
     # Of float32: the product of two rows, their squares, the centring.
-    self.slack = float(2 * (x.shape[1] + 16) * ROUNDING * self.square.max())
-    self.guess = np.full(len(x), np.inf, np.float32)  # within slack of true
-    self.value = np.full(len(x), np.inf)  # exact for the first `seen` chosen
-    self.seen = np.zeros(len(x), np.int64)
+    self.slack = float(2 * (width + 16) * ROUNDING * self.square.max())
     self.rows = np.empty(budget, np.int64)  # the chosen, `count` of them
-    self.centres = np.empty((budget, x.shape[1]), np.float32)
+    self.centres = np.empty((budget, width), np.float32)
+    self.guess = np.full(n, np.inf, np.float32)  # to `known`, within slack
+    self.exact = np.full(n, np.inf)  # to the first `seen` of the chosen
+    self.seen = np.zeros(n, np.int64)
     self.count = self.known = 0
 
   def choose(self, row: int) -> None:
     self.rows[self.count], self.centres[self.count] = row, self.near[row]
     self.count += 1
 
-  def guess_all(self) -> None:
+  def renew(self) -> None:
     """Takes the newly chosen rows into the guesses of all rows."""
     for start in range(self.known, self.count, 256):
-      part = slice(start, min(start + 256, self.count))
-      found = by_row(
-        _nearest,
-        self.placed,
-        _padded(self.centres[part]),
-        _padded(self.square[self.rows[part]]),
-      )
-      np.minimum(self.guess, found, out=self.guess)
+      new = slice(start, min(start + 256, self.count))
+      centres, squares = self.centres[new], self.square[self.rows[new]]
+      near = by_row(_nearest, self.placed, padded(centres), padded(squares))
+      np.minimum(self.guess, near, out=self.guess)
     self.known = self.count
 
-  def exact(self, rows: np.ndarray) -> np.ndarray:
+  def decide(self, rows: np.ndarray) -> np.ndarray:
     """[rows] float64 from the rows themselves, where float32 cannot tell."""
     since = int(self.seen[rows].min())
-    chosen = self.rows[since : self.count]
-    about = (
-      self.square[rows][:, None]
-      + self.square[chosen][None]
-      - 2 * self.near[rows] @ self.centres[since : self.count].T
-    )
-    at, of = np.nonzero(
-      about
-      <= np.minimum(about.min(axis=1), self.value[rows])[:, None]
-      + 2 * self.slack
-    )
-    for start in range(0, len(at), 4096):
-      i, j = at[start : start + 4096], of[start : start + 4096]
-      apart = np.float64(self.x[rows[i]]) - self.x[chosen[j]]
-      np.minimum.at(self.value, rows[i], np.einsum("nw,nw->n", apart, apart))
+    chosen, centres = self.rows[since : self.count], self.centres[since:]
+    product = self.near[rows] @ centres[: len(chosen)].T
+    square = self.square[rows][:, None] + self.square[chosen][None]
+    near = square - 2 * product
+    limit = np.minimum(near.min(axis=1), self.exact[rows]) + 2 * self.slack
+    i, j = np.nonzero(near <= limit[:, None])
+    for start in range(0, len(i), 4096):
+      a, b = rows[i[start : start + 4096]], chosen[j[start : start + 4096]]
+      apart = np.float64(self.x[a]) - self.x[b]
+      np.minimum.at(self.exact, a, np.einsum("nw,nw->n", apart, apart))
     self.seen[rows] = self.count
-    return self.value[rows]
+    return self.exact[rows]
 
 
 def farthest_first(
@@ -151,30 +120,25 @@ def farthest_first(
     rows [M] in the order of the picks, and [N] distances: of a pick, to those
     before it (the first has the second's), of the others, to the nearest.
   """
-  n = len(x)
   state = _Distances(x, budget)
-  tie = _TIE * max(float(state.square.max()), 1e-300)
+  slack, tie = state.slack, _TIE * max(float(state.square.max()), 1e-300)
   state.choose(first)
-  radius, size = [np.inf], min(n, ACTIVE)
-  open_ = np.ones(n, bool)
+  radius, size = [np.inf], ACTIVE
+  open_ = np.ones(len(x), bool)
   open_[first] = False
   while state.count < budget:
-    state.guess_all()
+    state.renew()
     left = np.flatnonzero(open_)
-    active, rest = left, -np.inf
-    if len(left) > size:
-      order = np.argpartition(state.guess[left], len(left) - size)
-      active = np.sort(left[order[-size:]])
-      rest = state.guess[left[order[:-size]]].max()
+    active, others = largest(state.guess, left, size), open_.copy()
+    others[active] = False
+    rest = state.guess[others].max(initial=-np.inf)
     guess, near = state.guess[active], state.near[active]
     square = state.square[active]
-    while (
-      state.count < budget and guess.max() - state.slack > rest + state.slack
-    ):
-      maybe = np.flatnonzero(guess >= guess.max() - 2 * state.slack)
+    while state.count < budget and guess.max() - slack > rest + slack:
+      maybe = np.flatnonzero(guess >= guess.max() - 2 * slack)
       value = np.float64(guess[maybe])
-      if maybe.size > 1 or value[0] <= 2 * state.slack:
-        value = state.exact(active[maybe])
+      if maybe.size > 1 or value[0] <= 2 * slack:
+        value = state.decide(active[maybe])
       if value.max() <= tie:  # only copies of chosen rows are left
         more = left[open_[left]]
         more = more[np.lexsort((more, id_hash(ids[more])))]
@@ -190,8 +154,8 @@ def farthest_first(
       np.minimum(guess, square + square[at] - 2 * (near @ near[at]), out=guess)
       guess[at] = -np.inf
     if state.count == state.known:  # too close to one another to tell apart
-      size = min(n, 4 * size)
-  state.guess_all()
+      size *= 4
+  state.renew()
   radius[0] = radius[1] if len(radius) > 1 else 0.0
   score = np.clip(np.float64(state.guess), 0.0, min(radius))
   score[state.rows] = np.minimum.accumulate(radius)
@@ -208,20 +172,12 @@ def _k_center_work(p: Sizes, width: int, **_) -> Work:
 
 
 @needs("embedding", cost=cost_in_blocks(_k_center_work))
-def k_center(
-  seed: int,
-  pool: Pool,
-  budget: int,
-  *,
-  pair: str = "mean",
-  metric: str = "cosine",
-  blocks: int = 0,
-) -> Selection:
+def k_center(seed, pool, budget, *, pair="mean", metric="cosine", blocks=0):
   """Rows that leave none far from a chosen one, Sener and Savarese 2018.
 
   Greedy: argmax_i min_{j chosen} |x_i - x_j|, which is within twice the best
   radius. At most 2NMW flops, in products of matrices, and N + 1,024 W
-  numbers beside the rows; see `farthest_first`. It hunts outliers.
+  numbers held with the rows; see `farthest_first`. It hunts outliers.
 
   Args:
     seed: of the first row.
@@ -263,56 +219,54 @@ def herd(x: np.ndarray, ids: np.ndarray, budget: int) -> np.ndarray:
   placed = None if _on_host() else place(x)
   mean = x.mean(axis=0, dtype=np.float64)
   longest = lengths(x).max()
-  open_ = np.ones(n, bool)
-  chosen, w, guesses = [], mean.copy(), 8
-  standing = _all_products(x, placed, w[None])[:, 0]
+  rounding = 2 * (width + 8) * ROUNDING
+
+  def products(w):
+    """[N, P] float32 of all rows with each w [P, W]."""
+    if placed is None:
+      return x @ np.float32(w).T
+    return by_row(_products, placed, padded(w))
+
+  open_, chosen, ahead, w = np.ones(n, bool), [], 8, mean.copy()
+  standing = products(w[None])[:, 0]
   while len(chosen) < budget:
-    left = np.flatnonzero(open_)
-    active = left
-    if len(left) > ACTIVE:
-      order = np.argpartition(standing[left], len(left) - ACTIVE)
-      active = np.sort(left[order[-ACTIVE:]])
+    active = largest(standing, np.flatnonzero(open_), ACTIVE)
+    others = open_.copy()
+    others[active] = False
     near = np.float64(x[active])
-    ahead = min(guesses, budget - len(chosen), len(active))
-    value, free, path, guess = near @ w, np.ones(len(active), bool), [w], []
+    ahead = min(ahead, budget - len(chosen), len(active))
+    free, path, guesses = np.ones(len(active), bool), [w], []
     for _ in range(ahead):
-      tie = _TIE * longest * np.sqrt(path[-1] @ path[-1])
-      at = pick(np.where(free, value, -np.inf), active, ids, tie)
-      guess.append((int(active[at]), float(value[at]), tie))
+      value = np.where(free, near @ path[-1], -np.inf)
+      scale = longest * np.sqrt(path[-1] @ path[-1])
+      at = pick(value, active, ids, _TIE * scale)
+      guesses.append((int(active[at]), float(value[at]), scale))
       free[at] = False
       path.append(path[-1] + (mean - near[at]))
-      value = near @ path[-1]
-    found = _all_products(x, placed, np.stack(path))
-    outside = open_.copy()
-    outside[active] = False
-    step = 0
-    while step < ahead:
-      row, best, tie = guess[step]
-      error = (
-        2 * (width + 8) * ROUNDING * longest * np.sqrt(path[step] @ path[step])
-      )
-      rivals = np.flatnonzero(outside & (found[:, step] >= best - error - tie))
+    everywhere = products(np.stack(path))
+    for step, (row, best, scale) in enumerate(guesses, 1):
+      w, guess, tie = path[step - 1], row, _TIE * scale
+      low = best - rounding * scale - tie
+      rivals = np.flatnonzero(others & (everywhere[:, step - 1] >= low))
       if rivals.size:
         rivals = np.append(rivals, row)
-        exact = np.float64(x[rivals]) @ path[step]
+        exact = np.float64(x[rivals]) @ w
         row = int(rivals[pick(exact, rivals, ids, tie)])
       chosen.append(row)
       open_[row] = False
-      step += 1
-      if row != guess[step - 1][0]:
-        w = path[step - 1] + (mean - np.float64(x[row]))
+      if row != guess:
+        w = w + (mean - np.float64(x[row]))
         break
-    else:
       w = path[step]
-    standing = found[:, step]
-    guesses = min(64, 2 * ahead) if step == ahead else max(4, step + 1)
+    standing = everywhere[:, step]
+    ahead = min(64, 2 * ahead) if step == ahead else max(4, step + 1)
   return np.array(chosen, np.int64)
 
 
 def _herding_work(p: Sizes, width: int, features: int = 0, **_) -> Work:
   width = 2 * features or width
   work, rows = 2 * p.n * p.budget * width, 4 * p.n * width
-  # A kernel's angles are float64, with their cosines and sines beside.
+  # A kernel's angles are float64, as are their cosines and sines.
   kernel = bandwidth_bytes(p) if features else 0
   held = max(rows * (8 if features else 2), rows + 4 * 65 * p.n, kernel)
   if _on_host():
@@ -322,19 +276,12 @@ def _herding_work(p: Sizes, width: int, features: int = 0, **_) -> Work:
 
 @needs("embedding", cost=cost_in_blocks(_herding_work))
 def herding(
-  seed: int,
-  pool: Pool,
-  budget: int,
-  *,
-  pair: str = "mean",
-  metric: str = "cosine",
-  features: int = 0,
-  blocks: int = 0,
-) -> Selection:
+  seed, pool, budget, *, pair="mean", metric="cosine", features=0, blocks=0
+):
   """Rows whose mean stays closest to the pool's: kernel herding.
 
   Chen, Welling and Smola 2010, without replacement; see `herd`. At most 2NMW
-  flops, in products of matrices, and 64N numbers beside the rows.
+  flops, in products of matrices, and 64N numbers held with the rows.
 
   Args:
     seed: of the random features and of the blocks; unused without.
@@ -350,9 +297,8 @@ def herding(
   if features:
     bandwidth = median_distance(x, pool.ids)
     w = frequencies(seed, x.shape[1], int(features), bandwidth)
-    angle = np.concatenate(
-      [np.float64(x[i : i + 4096]) @ w.T for i in range(0, len(x), 4096)]
-    )
+    chunks = [x[i : i + 4096] for i in range(0, len(x), 4096)]
+    angle = np.concatenate([np.float64(rows) @ w.T for rows in chunks])
     x = np.concatenate([np.cos(angle), np.sin(angle)], axis=1)
     x = np.float32(x / np.sqrt(features))
 

@@ -72,12 +72,11 @@ def _sum(x: np.ndarray) -> float:
 def top_with_quota(
   score: np.ndarray, pool: Pool, budget: int, quota: float | str | None
 ) -> np.ndarray:
-  """The best rows, with a fixed fraction of desirable ones where asked for.
+  """The best rows, perhaps with a fixed fraction of desirable ones.
 
   Args:
     score: [N], higher is better.
     pool: `pool.label` [N] bool is read where a quota is set.
-    budget: M.
     quota: None; the fraction of desirable rows, 0 to 1; or "as_pool", the
       fraction they have in the pool. The count is rounded to the nearest row.
 
@@ -93,33 +92,35 @@ def top_with_quota(
   holds = not isinstance(fraction, (str, bool)) and 0.0 <= fraction <= 1.0
   wanted = "a fraction from 0 to 1 or 'as_pool'"
   require(holds, "label_quota", quota, wanted, knob="")
-  liked = int(np.floor(float(fraction) * budget + 0.5))
-  parts = []
-  for value, count in ((True, liked), (False, budget - liked)):
-    rows = np.flatnonzero(label == value)
+  desirable = int(np.floor(float(fraction) * budget + 0.5))
+  kept = []
+  for name, count in (
+    ("desirable", desirable),
+    ("undesirable", budget - desirable),
+  ):
+    rows = np.flatnonzero(label == (name == "desirable"))
     if rows.size < count:
-      name = "desirable" if value else "undesirable"
       raise ConfigError(
-        f"label_quota {quota!r} asks for {count} {name} rows, the pool has "
-        f"{rows.size}; set config.select.kwargs.label_quota "
-        "or config.select.budget"
+        f"label_quota {quota!r} wants {count} {name} rows, the pool has "
+        f"{rows.size}; set config.select.kwargs.label_quota or "
+        "config.select.budget"
       )
-    parts.append(rows[top(score[rows], pool.ids[rows], count)])
-  rows = np.sort(np.concatenate(parts))
+    kept.append(rows[top(score[rows], pool.ids[rows], count)])
+  rows = np.sort(np.concatenate(kept))
   return rows[top(score[rows], pool.ids[rows], rows.size)]
 
 
 @needs("log_likelihood", cost=of_scores)
 def isa(
-  seed: int,
-  pool: Pool,
-  budget: int,
+  seed,
+  pool,
+  budget,
   *,
-  order: str = "literal",
-  pair_score: str = "sum",
-  soft: float = 0.0,
-  label_quota: float | str | None = None,
-) -> Selection:
+  order="literal",
+  pair_score="sum",
+  soft=0.0,
+  label_quota=None,
+):
   """Rows whose removal changes the data set's entropy most, Khera et al. 2024.
 
   Args:
@@ -131,7 +132,7 @@ def isa(
       "soft": rows drawn without replacement with weights |Delta|, the size of
       the change, so that dense rows are likelier and no row is certain.
     pair_score: how the changes of a pair's two sides become one, one of
-      `values.SIDES`. The paper ranks unpaired rows and does not say.
+      `values.SIDES`. The paper ranks unpaired rows and leaves this open.
     soft: 0 keeps the highest changes. Above 0, rows are drawn without
       replacement with weights exp(change / (soft x standard deviation of the
       changes)): small is nearly hard, large nearly random. Not with order
@@ -159,8 +160,7 @@ def isa(
         "cannot draw by; set config.select.pair_score to sum, mean, min or max"
       )
     # The least likely row of all has weight 0: it comes last.
-    weight = np.maximum(score, np.finfo(np.float64).tiny)
-    score = np.log(weight) + gumbel(seed, pool.ids, "isa")
+    score = np.log(np.maximum(score, np.finfo(np.float64).tiny))
   if soft:
     spread = score.std()
     if not spread > 0:
@@ -168,5 +168,7 @@ def isa(
         "all changes of entropy are equal: there is nothing to weigh; set "
         "config.select.pair_score"
       )
-    score = score / (soft * spread) + gumbel(seed, pool.ids, "isa")
+    score = score / (soft * spread)
+  if soft or order == SOFT:
+    score = score + gumbel(seed, pool.ids, "isa")
   return Selection(top_with_quota(score, pool, budget, label_quota), score)

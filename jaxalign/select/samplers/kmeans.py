@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign.core.errors import ConfigError
+from jaxalign.select.chunks import by_row, LARGE, place, Placed
 from jaxalign.select.costs import ID_BYTES, one_after_another, Sizes, Work
 from jaxalign.select.pool import Pool, Selection
-from jaxalign.select.samplers import vectors
 from jaxalign.select.samplers.draws import apportion
 from jaxalign.select.samplers.values import in_order
+from jaxalign.select.samplers.vectors import refuse_long, width_of
 from jaxalign.select.topk import id_hash, uniform
 
 _WIDE = 128  # centres compared with the rows at once
@@ -32,37 +33,34 @@ BLOCKS = (
 def _closest(centres, squares, x):
   """[rows] int32, the nearest centre; of equals the first."""
 
-  def compare(best, block):
+  def compare(best, some):
     value, index = best
-    some, square, start = block
-    product = jnp.einsum(
-      "rw,cw->rc", x, some, precision=jax.lax.Precision.HIGHEST
-    )
-    distance = square[None] - 2 * product
-    at = jnp.argmin(distance, axis=1).astype(jnp.int32) + start
+    centres, squares, first = some
+    highest = jax.lax.Precision.HIGHEST
+    product = jnp.einsum("rw,cw->rc", x, centres, precision=highest)
+    distance = squares[None] - 2 * product
+    near = jnp.argmin(distance, axis=1).astype(jnp.int32) + first
     low = jnp.min(distance, axis=1)
     better = low < value
-    return (jnp.where(better, low, value), jnp.where(better, at, index)), None
+    return (jnp.where(better, low, value), jnp.where(better, near, index)), None
 
-  blocks = centres.reshape(-1, _WIDE, x.shape[1])
-  starts = jnp.arange(len(blocks), dtype=jnp.int32) * _WIDE
-  first = (jnp.full_like(x[:, 0], jnp.inf), jnp.zeros_like(x[:, 0], jnp.int32))
-  several = (blocks, squares.reshape(-1, _WIDE), starts)
-  return jax.lax.scan(compare, first, several)[0][1]
+  centres = centres.reshape(-1, _WIDE, x.shape[1])
+  firsts = jnp.arange(len(centres), dtype=jnp.int32) * _WIDE
+  none = (jnp.full_like(x[:, 0], jnp.inf), jnp.zeros_like(x[:, 0], jnp.int32))
+  chunks = (centres, squares.reshape(-1, _WIDE), firsts)
+  return jax.lax.scan(compare, none, chunks)[0][1]
 
 
-def assign(placed: vectors.Placed, centres: np.ndarray) -> np.ndarray:
+def assign(placed: Placed, centres: np.ndarray) -> np.ndarray:
   """[N] int64, the nearest of the [K, W] centres; 2NKW flops."""
   more = -len(centres) % _WIDE
   squares = (np.float64(centres) ** 2).sum(1)
   squares = np.pad(squares, (0, more), constant_values=np.inf)
   padded = np.pad(centres, ((0, more), (0, 0)))
-  return vectors.by_row(_closest, placed, padded, squares).astype(np.int64)
+  return by_row(_closest, placed, padded, squares).astype(np.int64)
 
 
-def _means(
-  x: np.ndarray, labels: np.ndarray, centres: np.ndarray
-) -> np.ndarray:
+def _means(x, labels, centres):
   """Means of the clusters, summed in row order; an empty one stays put."""
   order = np.argsort(labels, kind="stable")
   names, starts = np.unique(labels[order], return_index=True)
@@ -71,6 +69,10 @@ def _means(
   out = np.float64(centres)
   out[names] = sums / counts[:, None]
   return out
+
+
+def _sampled(n: float, clusters: int) -> int:
+  return min(n, max(20_000, 32 * clusters))
 
 
 def k_means(
@@ -90,26 +92,26 @@ def k_means(
     )
   draw = np.argsort(uniform(seed, ids, "k_means"), kind="stable")
   centres = np.float64(x[draw[:clusters]])
-  part = x[np.sort(draw[: max(20_000, 32 * clusters)])]
-  placed, labels = vectors.place(part), None
+  sample = x[np.sort(draw[: _sampled(n, clusters)])]
+  placed, labels = place(sample), None
   for _ in range(_STEPS):
     last, labels = labels, assign(placed, centres)
     if last is not None and (last == labels).all():
       break
-    centres = _means(part, labels, centres)
-  nearest = [
-    assign(vectors.place(x[at : at + _ASSIGNED]), centres)
-    for at in range(0, n, _ASSIGNED)
-  ]
-  return np.concatenate(nearest), centres
+    centres = _means(sample, labels, centres)
+  chunks = [x[at : at + _ASSIGNED] for at in range(0, n, _ASSIGNED)]
+  labels = [assign(place(chunk), centres) for chunk in chunks]
+  return np.concatenate(labels), centres
 
 
 def k_means_work(p: Sizes, k: int, width: int) -> Work:
   """Ten steps on a sample, all rows once; its copies, and the means."""
-  some, rows = min(p.n, max(20_000, 32 * k)), 4 * p.n * width
-  held = rows * max(1 + 5 * some / p.n, 2 + 2 * some / p.n) + ID_BYTES * p.n
+  some, rows = _sampled(p.n, k), 4 * p.n * width
+  part, chunk = 4 * some * width, 4 * min(p.n, _ASSIGNED) * width
+  held = rows if rows <= LARGE else 0  # else they lie in a file
+  held += max(5 * part, chunk + 2 * part) + ID_BYTES * p.n
   devices = 2 * k * width * (_STEPS * some + p.n)
-  return Work(devices=devices, held=held, device=rows)
+  return Work(devices=devices, held=held, device=max(part, chunk))
 
 
 def most_rows(n: int, clusters: int) -> int:
@@ -120,7 +122,7 @@ def most_rows(n: int, clusters: int) -> int:
 def split_large(labels: np.ndarray, ids: np.ndarray, most: int) -> np.ndarray:
   """[N] labels from 0, no more than `most` rows of each.
 
-  A larger cluster is dealt out by a hash of the ids into parts as equal as
+  A larger cluster is dealt out by a hash of the ids into clusters as equal as
   can be; the first keeps its label. Each is a fair sample of the cluster, so
   near-copies may lie in several.
   """
@@ -131,20 +133,16 @@ def split_large(labels: np.ndarray, ids: np.ndarray, most: int) -> np.ndarray:
     rows = np.flatnonzero(labels == k)
     rows = rows[np.argsort(id_hash(ids[rows]), kind="stable")]
     count = math.ceil(len(rows) / most)
-    part = np.arange(len(rows)) % count
-    labels[rows] = np.where(part, free + part - 1, k)
+    turn = np.arange(len(rows)) % count
+    labels[rows] = np.where(turn, free + turn - 1, k)
     free += count - 1
   return labels
 
 
 def refuse_long_picks(what: str, width: int, host: bool) -> Callable:
-  """The check of a method that compares all rows with every pick.
-
-  Args:
-    what, host: see `vectors.refuse_long`.
-    width: W of the rows.
-  """
-  return lambda n, m: vectors.refuse_long(
+  """The check, for `run_greedy`, of a method that compares all rows [N, width]
+  with every pick; see `vectors.refuse_long`."""
+  return lambda n, m: refuse_long(
     2.0 * np.sum(np.float64(n) * m) * width, what, BLOCKS, host=host
   )
 
@@ -168,9 +166,7 @@ def run_greedy(
   Args:
     greedy: (x [n, W], ids [n], m, rows [n] into the pool) -> Selection of m
       places in the order of the picks.
-    x: [N, W].
-    pool: its ids are read.
-    budget: M.
+    x, pool: [N, W] and its ids.
     blocks: clusters; 0 for all rows.
     seed: of the k-means.
     check: (n [B], m [B]) of all blocks; raises before the first one runs.
@@ -203,7 +199,7 @@ def cost_in_blocks(work: Callable[..., Work]) -> Callable[..., Work]:
   def cost(
     p: Sizes, *, pair: str = "mean", blocks: int = 0, **kwargs: Any
   ) -> Work:
-    width = vectors.width_of(p, pair)
+    width = width_of(p, pair)
     if not blocks:
       return work(p, width, **kwargs)
     most = min(p.n, most_rows(p.n, blocks))

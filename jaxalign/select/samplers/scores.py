@@ -1,4 +1,4 @@
-"""Rows by one number: what a model, a judge or a reward model says of them.
+"""Rows by one number: of a model, a judge or a reward model.
 
 Each is O(N). `direction` is of `values.directed`, which end is kept, and
 `side` of `values.one_side`, what stands for a pair.
@@ -7,8 +7,8 @@ Each is O(N). `direction` is of `values.directed`, which end is kept, and
 import numpy as np
 
 from jaxalign.core.errors import ConfigError, DataError, NumericError
-from jaxalign.select.costs import of_ranks, of_scores, Sizes, Work
-from jaxalign.select.pool import needs, Pool, Selection
+from jaxalign.select.costs import of_ranks, of_scores, Work
+from jaxalign.select.pool import needs, Pool
 from jaxalign.select.samplers.values import (
   column,
   directed,
@@ -27,14 +27,7 @@ def _kept(value, pool, budget, direction, side="chosen"):
 
 
 @needs("length", cost=of_ranks)
-def length(
-  seed: int,
-  pool: Pool,
-  budget: int,
-  *,
-  direction: str = "top",
-  side: str = "chosen",
-) -> Selection:
+def length(seed, pool, budget, *, direction="top", side="chosen"):
   """Rows by the number of response tokens.
 
   Shen 2024 (arXiv 2402.06094): the longest responses are a hard baseline to
@@ -54,14 +47,7 @@ def mean_negative_log(logp: np.ndarray, count: np.ndarray) -> np.ndarray:
 
 
 @needs("logp", "logp_count", cost=of_scores)
-def perplexity(
-  seed: int,
-  pool: Pool,
-  budget: int,
-  *,
-  direction: str = "middle",
-  side: str = "chosen",
-) -> Selection:
+def perplexity(seed, pool, budget, *, direction="middle", side="chosen"):
   """Rows by log PPL(y|x) = -log p(y|x) / tokens of the response.
 
   The logarithm ranks as the perplexity does and does not overflow. The
@@ -72,18 +58,11 @@ def perplexity(
 
 
 @needs("logp", "logp_alone", "logp_count", cost=of_scores)
-def ifd(
-  seed: int,
-  pool: Pool,
-  budget: int,
-  *,
-  direction: str = "middle",
-  side: str = "chosen",
-) -> Selection:
+def ifd(seed, pool, budget, *, direction="middle", side="chosen"):
   """Instruction-following difficulty, Li et al. 2024 (arXiv 2308.12032).
 
   IFD = PPL(y|x) / PPL(y) = exp((log p(y) - log p(y|x)) / tokens): how little
-  the prompt helps to say the response; above 1 it misleads. On preference
+  the prompt helps to predict the response; above 1 it misleads. On preference
   data its extremes did badly and its middle well (Deng et al. 2025), hence
   the default; `side="difference"` is the margin of the two.
   """
@@ -96,14 +75,7 @@ def ifd(
 
 
 @needs("p_yes", cost=of_ranks)
-def ask_llm(
-  seed: int,
-  pool: Pool,
-  budget: int,
-  *,
-  direction: str = "top",
-  side: str = "chosen",
-) -> Selection:
+def ask_llm(seed, pool, budget, *, direction="top", side="chosen"):
   """Rows by a judge's P(yes), Sachdeva et al. 2024 (arXiv 2402.09668).
 
   P(yes) = exp(l_yes) / (exp(l_yes) + exp(l_no)) to "is this a good example?",
@@ -124,9 +96,7 @@ def ask_llm(
 
 
 @needs("held_out_loss", cost=of_scores)
-def selective_dpo(
-  seed: int, pool: Pool, budget: int, *, direction: str = "low"
-) -> Selection:
+def selective_dpo(seed, pool, budget, *, direction="low"):
   """The easiest rows, easy first, Gao et al. 2025 (arXiv 2502.09650).
 
   A row's difficulty is its DPO loss, averaged over the models that were not
@@ -163,9 +133,7 @@ def log_ratio_margin(pool: Pool, beta: float) -> np.ndarray:
 
 
 @needs("reward", pairs=True, cost=of_ranks)
-def external_margin(
-  seed: int, pool: Pool, budget: int, *, direction: str = "top"
-) -> Selection:
+def external_margin(seed, pool, budget, *, direction="top"):
   """Pairs by a reward model's margin r(chosen) - r(rejected).
 
   The literature disagrees on the direction (largest: Deng et al. 2025, arXiv
@@ -176,14 +144,7 @@ def external_margin(
 
 
 @needs("proxy_logp", "proxy_ref_logp", pairs=True, cost=of_ranks)
-def implicit_margin(
-  seed: int,
-  pool: Pool,
-  budget: int,
-  *,
-  beta: float = 0.1,
-  direction: str = "top",
-) -> Selection:
+def implicit_margin(seed, pool, budget, *, beta=0.1, direction="top"):
   """Pairs by the implicit reward margin of a small tuned model.
 
   m = beta [(log pi - log ref)(chosen) - (log pi - log ref)(rejected)], with
@@ -223,8 +184,8 @@ def agreement(
 
   P_j = (clip(m_j, L, U) - L) / (U - L) and P = prod P_j / (prod P_j + prod (1
   - P_j)), Deng et al. 2025. The log-odds sum_j log P_j - log(1 - P_j) rank as
-  P does and keep apart what P rounds to 0 or 1; a P_j of 0 or 1 counts as one
-  part in 10^6 away from it, so that no one source decides alone.
+  P does and keep apart what P rounds to 0 or 1; a P_j of 0 or 1 counts as
+  1e-6 away from it, so that no one source decides alone.
   """
   total = np.zeros(len(margins[0]))
   for margin in margins:
@@ -237,15 +198,8 @@ def agreement(
 
 @needs("reward", "proxy_logp", "proxy_ref_logp", pairs=True, cost=of_scores)
 def bees(
-  seed: int,
-  pool: Pool,
-  budget: int,
-  *,
-  beta: float = 0.1,
-  low: float = -2.0,
-  high: float | str = "tail",
-  direction: str = "top",
-) -> Selection:
+  seed, pool, budget, *, beta=0.1, low=-2.0, high="tail", direction="top"
+):
   """Pairs on which two margins agree, Deng et al. 2025 (arXiv 2502.14560).
 
   The external and the implicit margin each become a probability, and the
@@ -261,19 +215,12 @@ def bees(
   return _kept(agreement(margins, low, high), pool, budget, direction)
 
 
-def _real_work(p: Sizes, **_) -> Work:
+def _real_work(p, **_):
   return Work(2 * p.n * p.e, held=6 * 4 * p.n * p.e)
 
 
 @needs("answer_embedding", pairs=True, cost=_real_work)
-def real(
-  seed: int,
-  pool: Pool,
-  budget: int,
-  *,
-  direction: str = "top",
-  metric: str = "cosine",
-) -> Selection:
+def real(seed, pool, budget, *, direction="top", metric="cosine"):
   """Pairs whose two responses are least alike, Zhang et al. 2024 (REAL); O(NE).
 
   Score 1 - cos(chosen, rejected); easy pairs to tell apart, so a correct

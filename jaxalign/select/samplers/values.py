@@ -5,12 +5,21 @@ from typing import Any
 
 import numpy as np
 
-from jaxalign.core.errors import ConfigError, NumericError
+from jaxalign.core.errors import ConfigError
 from jaxalign.select.pool import Pool, Selection
-from jaxalign.select.topk import top
+from jaxalign.select.topk import refuse_rows, top
 
 DIRECTIONS = ("top", "middle", "low")
-SIDES = ("chosen", "rejected", "mean", "sum", "min", "max", "difference")
+_SIDES = {
+  "chosen": lambda chosen, rejected: chosen,
+  "rejected": lambda chosen, rejected: rejected,
+  "mean": lambda chosen, rejected: (chosen + rejected) / 2,
+  "sum": np.add,
+  "min": np.minimum,
+  "max": np.maximum,
+  "difference": np.subtract,
+}
+SIDES = tuple(_SIDES)
 
 
 def require(
@@ -20,13 +29,12 @@ def require(
   wanted: str | Sequence[str],
   knob: str = "kwargs.",
 ) -> None:
-  """Raises ConfigError where a sampler's keyword is not what it may be.
+  """Raises ConfigError unless a sampler's keyword `holds`.
 
   Args:
-    holds: whether it is.
-    name, value: of the keyword.
+    holds, name, value: of the keyword.
     wanted: in words, or the values that it may have.
-    knob: what stands before the name in config.select.
+    knob: the section of config.select that it is in.
   """
   if not holds:
     if not isinstance(wanted, str):
@@ -43,24 +51,14 @@ def is_count(value: Any, least: int = 1) -> bool:
   return int(value) == value and value >= least
 
 
-def refuse_rows(bad: np.ndarray, ids: np.ndarray, what: str, advice: str):
-  """Raises NumericError that names the ids of `bad` [N] rows, if any."""
-  if bad.any():
-    named = ", ".join(str(i) for i in ids[bad][:5])
-    more = ", ..." if bad.sum() > 5 else ""
-    raise NumericError(
-      f"{int(bad.sum())} of {len(ids)} rows have {what} (ids {named}{more}); "
-      f"{advice}"
-    )
-
-
 def not_finite(value: np.ndarray) -> np.ndarray:
   """[N] bool, which rows [N, ...] have a NaN or an infinity."""
   bad = np.zeros(len(value), bool)
   if value.dtype.kind not in "biu":
-    for at in range(0, len(value), 1 << 16):
-      part = np.isfinite(value[at : at + (1 << 16)])
-      bad[at : at + (1 << 16)] = ~part.reshape(len(part), -1).all(axis=1)
+    for start in range(0, len(value), 1 << 16):
+      rows = slice(start, start + (1 << 16))
+      good = np.isfinite(value[rows])
+      bad[rows] = ~good.reshape(len(good), -1).all(axis=1)
   return bad
 
 
@@ -78,13 +76,8 @@ def finite(value: np.ndarray, ids: np.ndarray, what: str) -> np.ndarray:
 
 
 def column(pool: Pool, name: str, *, pairs: bool = False) -> np.ndarray:
-  """[N, R] float64 of a column with a number for each response, finite.
-
-  Args:
-    pool: has the column, [N, R], or [N] for one response a row.
-    name: of the column.
-    pairs: refuses a pool of single responses.
-  """
+  """[N, R] float64, finite, of a column that is [N, R] or [N]; with `pairs`,
+  single responses are refused."""
   value = finite(getattr(pool, name), pool.ids, name)
   if value.ndim == 1:
     value = value[:, None]
@@ -101,12 +94,11 @@ def column(pool: Pool, name: str, *, pairs: bool = False) -> np.ndarray:
 def one_side(
   value: np.ndarray, side: str, name: str = "side", knob: str = "kwargs."
 ) -> np.ndarray:
-  """[N, R] numbers of the responses -> [N]; a single one stands for itself.
+  """[N, R, ...] of the responses -> [N, ...]; a single one stands for itself.
 
   Args:
     value: R is 2 for pairs (chosen, rejected) and 1 for unpaired rows.
-    side: one of SIDES; "difference" is chosen minus rejected. Of an unpaired
-      row all others are the one response.
+    side: one of SIDES; "difference" is chosen minus rejected, of pairs only.
     name, knob: of the keyword, see `require`.
   """
   require(side in SIDES, name, side, SIDES, knob)
@@ -117,21 +109,7 @@ def one_side(
       f"{side!r} reads pairs, the pool has {value.shape[1]} responses per "
       f"row; set config.select.{knob}{name}"
     )
-  chosen, rejected = value[:, 0], value[:, 1]
-  return {
-    "chosen": lambda: chosen,
-    "rejected": lambda: rejected,
-    "mean": lambda: (chosen + rejected) / 2,
-    "sum": lambda: chosen + rejected,
-    "min": lambda: np.minimum(chosen, rejected),
-    "max": lambda: np.maximum(chosen, rejected),
-    "difference": lambda: chosen - rejected,
-  }[side]()
-
-
-def quantiles(value: np.ndarray) -> np.ndarray:
-  """[N] -> [N] ranks from 0.5/N to 1 - 0.5/N; equal values share their mean."""
-  return _twice_ranks(value) / (2 * len(value))
+  return _SIDES[side](value[:, 0], value[:, 1])
 
 
 def _twice_ranks(value: np.ndarray) -> np.ndarray:
@@ -140,15 +118,19 @@ def _twice_ranks(value: np.ndarray) -> np.ndarray:
   return (2 * np.cumsum(counts) - counts)[inverse]
 
 
+def quantiles(value: np.ndarray) -> np.ndarray:
+  """[N] -> [N] ranks from 0.5/N to 1 - 0.5/N; equal values share their mean."""
+  return _twice_ranks(value) / (2 * len(value))
+
+
 def directed(value: np.ndarray, direction: str) -> np.ndarray:
   """[N] values -> [N] scores, higher is selected first.
 
   Args:
     value: [N] float64, finite.
     direction: "top" (the value itself), "low" (its negative), or "middle":
-      minus how far its rank is from the median's, as a fraction of N, so that
-      a budget of M takes the M middle ranks. Ranks are whole numbers: rows
-      equally far below and above the median score exactly alike.
+      minus the distance of its rank from the median's, as a fraction of N.
+      Rows equally far below and above the median score exactly alike.
   """
   require(direction in DIRECTIONS, "direction", direction, DIRECTIONS)
   if direction == "middle":

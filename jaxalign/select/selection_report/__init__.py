@@ -1,20 +1,22 @@
 """What a selection looks like, and how far it can be trusted.
 
-The report says how the kept rows differ from the rest beside what chance would
-do, why each was kept or left out, how near those left out are to a kept one,
-and what other samplers would have kept.
+The report compares how the kept rows differ from the rest with what chance
+would do, and gives why each was kept or left out, how near those left out are
+to a kept one, and what other samplers would have kept.
 """
 
 from collections.abc import Sequence
+import functools
 import inspect
+import itertools
 from typing import Any
 
 import numpy as np
 from scipy import stats
 
 from jaxalign.core.errors import JaxalignError, NumericError
-from jaxalign.select import mixture as mixtures
 from jaxalign.select import neighbours
+from jaxalign.select.mixture import assign, Mixture
 from jaxalign.select.mixture_checks import mixture_summary
 from jaxalign.select.pool import Pool, Selection
 from jaxalign.select.samplers import chains, SAMPLERS
@@ -33,7 +35,7 @@ def describe(
   selection: Selection,
   sampler: str = "",
   *,
-  mixture: mixtures.Mixture | None = None,
+  mixture: Mixture | None = None,
   diagnostics: dict[str, Any] | None = None,
   texts: dict[str, Sequence[str]] | None = None,
   others: dict[str, np.ndarray] | None = None,
@@ -62,9 +64,7 @@ def describe(
   """
   n, kept = len(pool.ids), np.asarray(selection.rows, np.int64)
   columns, texts = dict(pool.columns), texts or {}
-  draw = id_hash(pool.ids, "card")
-  mask = np.zeros(n, bool)
-  mask[kept] = True
+  draw, mask = id_hash(pool.ids, "card"), np.isin(np.arange(n), kept)
   score = np.asarray(selection.score, np.float64)
   good = score[mask & np.isfinite(score)]
   shown = _shown(mask, draw, limit)
@@ -92,9 +92,9 @@ def describe(
       except NumericError:  # `look` says so
         pass
     report["geometry"], places = neighbourhood.look(pool, kept, shown, draw)
-    assign = mixture and (lambda x: mixtures.assign(mixture, x))
+    groups = mixture and functools.partial(assign, mixture)
     whole = Pool(pool.ids, columns)
-    report["spectra"] = spectra_of(whole, kept, draw, assign)
+    report["spectra"] = spectra_of(whole, kept, draw, groups)
   report["shifts"] = shifts.all_shifts(columns, kept)
   if others:
     report["overlaps"] = overlaps({sampler or "this": kept} | others, n)
@@ -126,23 +126,17 @@ def _row_means(length: np.ndarray) -> np.ndarray:
 
 
 def _of_columns(columns, mask):
-  """Lengths, topics and labels of the kept rows and of the others."""
+  """Lengths and topics of the kept rows and of the others."""
   out = {}
   if "length" in columns:
     mean = _row_means(columns["length"])
-    out["length"] = {"quantiles": list(QUANTILES)}
-    for name, part in (("chosen", mean[mask]), ("rest", mean[~mask])):
-      found = np.quantile(part, QUANTILES).tolist() if part.size else None
-      out["length"][name] = found
+    quantiles = lambda x: np.quantile(x, QUANTILES).tolist() if x.size else None
+    found = dict(chosen=quantiles(mean[mask]), rest=quantiles(mean[~mask]))
+    out["length"] = dict(quantiles=list(QUANTILES), **found)
   if "topic" in columns:
     topic = np.asarray(columns["topic"])
-    out["topic"] = dict(
-      topics=len(np.unique(topic)), covered=len(np.unique(topic[mask]))
-    )
-  if "label" in columns:
-    label = np.asarray(columns["label"], bool)
-    kept = float(label[mask].mean()) if mask.any() else None
-    out["label_share"] = dict(chosen=kept, pool=float(label.mean()))
+    sizes = len(np.unique(topic)), len(np.unique(topic[mask]))
+    out["topic"] = dict(zip(("topics", "covered"), sizes))
   return out
 
 
@@ -200,7 +194,7 @@ def jaccard(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def overlaps(selections: dict[str, np.ndarray], n: int) -> list[dict[str, Any]]:
-  """Jaccard of every two selections, beside that of random subsets.
+  """Jaccard of every two selections, and that of random subsets.
 
   Args:
     selections: name -> row numbers.
@@ -211,15 +205,14 @@ def overlaps(selections: dict[str, np.ndarray], n: int) -> list[dict[str, Any]]:
     Of each two, their names `a` and `b`, `jaccard`, and the 95 % range of
     chance, `low` and `high`.
   """
-  names, out = list(selections), []
-  for i, a in enumerate(names):
-    for b in names[i + 1 :]:
-      one, other = (np.unique(selections[k]) for k in (a, b))
-      both = len(one) + len(other)
-      shared = stats.hypergeom.ppf((0.025, 0.975), n, len(one), len(other))
-      low, high = (float(s / (both - s)) if both > s else 1.0 for s in shared)
-      found = dict(a=a, b=b, jaccard=jaccard(one, other), low=low, high=high)
-      out.append(found)
+  out = []
+  for a, b in itertools.combinations(selections, 2):
+    one, other = np.unique(selections[a]), np.unique(selections[b])
+    both = len(one) + len(other)
+    shared = stats.hypergeom.ppf((0.025, 0.975), n, len(one), len(other))
+    low, high = (float(s / (both - s)) if both > s else 1.0 for s in shared)
+    row = dict(a=a, b=b, jaccard=jaccard(one, other), low=low, high=high)
+    out.append(row)
   return out
 
 

@@ -14,9 +14,7 @@ from jaxalign.select.samplers import kmeans
 from jaxalign.select.selection_report import spectra
 
 ALIKE = 0.95  # a cosine from which two rows are near-duplicates
-SAMPLED = (
-  2000  # rows whose neighbours stand for the pool's or a random subset's
-)
+SAMPLED = 2000  # rows whose neighbours stand for the pool's or a subset's
 WORK = 2e12  # flops that neighbours may take; then rows are sampled
 SPREAD = 4096  # rows that the map's directions are of
 CLUSTERS = 12  # that stand for topics where rows have none
@@ -52,8 +50,7 @@ def look(
 def _look(pool, kept, shown, draw):
   read = neighbours.unit_rows(pool)
   n, m, width = len(pool.ids), len(kept), pool.embedding.shape[-1]
-  mask = np.zeros(n, bool)
-  mask[kept] = True
+  mask = np.isin(np.arange(n), kept)
   near, cosine = np.full(n, -1, np.int64), np.full(n, -np.inf)
 
   def nearest_kept(rows, limit):
@@ -113,13 +110,10 @@ def _map(read, shown, draw):
   """The plane of the first two principal directions, and the shown rows."""
   some = neighbours.sample(draw, np.arange(len(draw)), SPREAD)
   plane = spectra.principal_plane(read(some))
-  blocks = range(0, len(shown), neighbours.BLOCK)
-  place = np.concatenate(
-    [
-      plane.transform(np.float64(read(shown[s : s + neighbours.BLOCK])))
-      for s in blocks
-    ]
-  )
+  step = neighbours.TARGETS
+  chunks = (shown[at : at + step] for at in range(0, len(shown), step))
+  place = [plane.transform(np.float64(read(rows))) for rows in chunks]
+  place = np.concatenate(place)
   x, y = (np.pad(place, ((0, 0), (0, 1)))[:, :2]).T
   explained = [*plane.explained_variance_ratio_.tolist(), 0.0][:2]
   return dict(explained=explained, directions_from=len(some)), x, y
@@ -131,8 +125,8 @@ def clusters(pool: Pool, draw: np.ndarray, texts: Any = None) -> np.ndarray:
   Args:
     pool: with `embedding`.
     draw: [N] hashes; the centres are fitted to 20,000 rows at most.
-    texts: [N] str; a cluster is then named by the words that are commonest
-      in it beside the rest.
+    texts: [N] str; a cluster is then named by the words that are commoner
+      in it than in the rest.
 
   Raises:
     NumericError: rows have no direction.
@@ -143,13 +137,12 @@ def clusters(pool: Pool, draw: np.ndarray, texts: Any = None) -> np.ndarray:
   _, centres = kmeans.k_means(read(some), pool.ids[some], count, 0)
   label = np.empty(n, np.int64)
   square = (centres**2).sum(axis=1)
-  for start in range(0, n, neighbours.BLOCK):
-    rows = np.arange(start, min(n, start + neighbours.BLOCK))
+  for start in range(0, n, neighbours.TARGETS):
+    rows = np.arange(start, min(n, start + neighbours.TARGETS))
     label[rows] = (square - 2 * np.float64(read(rows)) @ centres.T).argmin(1)
   # The largest first: the numbering of the fit means nothing.
   size = np.bincount(label, minlength=count)
-  place = np.empty(count, np.int64)
-  place[np.argsort(-size, kind="stable")] = np.arange(1, count + 1)
+  place = 1 + np.argsort(np.argsort(-size, kind="stable"))
   names = [f"cluster {p}" for p in place]
   if texts is not None:
     words = _words([texts[i] for i in some], label[some], count)

@@ -9,7 +9,7 @@ from jaxalign.select.topk import top
 
 TAIL = 0.05  # of the pool's lengths, at either end, that is called long, short
 
-# The parts of a reason. {rank}, {score}, {near} and {cosine} are the row's;
+# The sentences of a reason. {rank}, {score}, {near} and {cosine} are the row's;
 # the others are the same for all rows.
 WHY = (
   "Kept at rank {rank}: its score, {score}, is among the {kept} highest of "
@@ -48,25 +48,18 @@ LENGTH = (
 
 def ranks(pool: Pool, selection: Selection) -> np.ndarray:
   """[N] int64 from 1: the kept rows as picked, then the others by score."""
-  n = len(pool.ids)
-  kept = np.zeros(n, bool)
-  kept[selection.rows] = True
-  score = np.asarray(selection.score, np.float64)
-  score = np.where(np.isnan(score), -np.inf, score)
-  order = top(score, pool.ids, n)
+  n, score = len(pool.ids), np.asarray(selection.score, np.float64)
+  order = top(np.where(np.isnan(score), -np.inf, score), pool.ids, n)
+  rest = order[~np.isin(order, selection.rows)]
   rank = np.empty(n, np.int64)
-  rank[selection.rows] = np.arange(1, len(selection.rows) + 1)
-  rest = order[~kept[order]]
-  rank[rest] = np.arange(len(selection.rows) + 1, n + 1)
+  rank[np.concatenate([selection.rows, rest])] = np.arange(1, n + 1)
   return rank
 
 
 def why(selection: Selection, n: int) -> np.ndarray:
   """[N] places in WHY."""
   score = np.asarray(selection.score, np.float64)
-  kept = np.zeros(n, bool)
-  kept[selection.rows] = True
-  finite = np.isfinite(score)
+  kept, finite = np.isin(np.arange(n), selection.rows), np.isfinite(score)
   cut = score[kept & finite].min(initial=np.inf)
   best_left = score[~kept & finite].max(initial=-np.inf)
   out = np.full(n, 2)
@@ -111,7 +104,7 @@ def in_script(value: float | None) -> str:
 
 
 def shared_words(report: dict[str, Any]) -> dict[str, str]:
-  """What the reasons of all rows of a report share."""
+  """The words that are the same in all reasons of a report."""
   cut = None if report["cut"] is None else figure(report["cut"])
   return dict(
     kept=f"{report['selected']:,}",

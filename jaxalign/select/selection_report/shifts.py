@@ -1,8 +1,8 @@
-"""How kept rows differ from the pool, beside what chance alone would do.
+"""How kept rows differ from the pool, against what chance alone would do.
 
-Each figure stands beside the range that 95 % of uniformly random subsets of
-the same size would show, and is called slight to large by its effect size:
-with many rows a difference can be certain and still not matter.
+Each figure comes with the range that 95 % of uniformly random subsets of the
+same size would show, and is called slight to large by its effect size: with
+many rows a difference can be certain and still not matter.
 """
 
 import math
@@ -15,12 +15,7 @@ from jaxalign.core import intervals
 
 DRAWS = 1000  # of random subsets, where no formula is at hand
 LISTED = 12  # values of a column that get a line of their own
-SIZES = (
-  (0.2, "slight"),
-  (0.5, "small"),
-  (0.8, "medium"),
-  (math.inf, "large"),
-)  # Cohen 1988: from 0.2, 0.5 and 0.8
+SIZES = {0.2: "slight", 0.5: "small", 0.8: "medium"}  # below; Cohen 1988
 
 
 def number(values: np.ndarray, kept: np.ndarray) -> dict[str, Any]:
@@ -53,17 +48,17 @@ def number(values: np.ndarray, kept: np.ndarray) -> dict[str, Any]:
   none = abs(shift) <= 1e-12 * max(1.0, abs(pool))
   p = 1.0 if none or not error else math.erfc(abs(shift) / error / 2**0.5)
   effect = 0.0 if none or not spread else shift / spread
-  found = dict(
-    low=-half, high=half, p=p, effect=effect, verdict=_verdict(p, effect)
-  )
-  return out | dict(kept=mean, shift=shift) | found
+  chance = dict(low=-half, high=half, p=p)
+  verdict = dict(effect=effect, verdict=_verdict(p, effect))
+  return out | dict(kept=mean, shift=shift) | chance | verdict
 
 
 def _verdict(p: float, effect: float) -> str:
   """A shift in words."""
   if p >= 0.05:
     return "within chance"
-  return next(word for limit, word in SIZES if abs(effect) < limit)
+  words = (word for limit, word in SIZES.items() if abs(effect) < limit)
+  return next(words, "large")
 
 
 def fractions(
@@ -74,7 +69,7 @@ def fractions(
   The count of a value in a random subset is hypergeometric, so its range and
   its p are exact; the p of the values are corrected together (Holm). How much
   moved in all, half the sum of the absolute differences, is above 0 for any
-  subset: it stands beside the same of DRAWS random subsets.
+  subset: it comes with the same of DRAWS random subsets.
 
   Args:
     values: [N] of any type that sorts.
@@ -104,17 +99,13 @@ def fractions(
   if not 0 < m < n:
     unknown = dict.fromkeys(("moved_chance", "moved_high", "moved_p"))
     return out | dict(moved=0.0 if m else None) | unknown
-  found = []
+  several, angle = [], lambda x: 2 * math.asin(math.sqrt(x))
   for row, (_, t, g) in zip(rows, listed):
     chance = stats.hypergeom(n, t, m)
-    p = min(1.0, 2 * min(chance.cdf(g), chance.sf(g - 1)))
-    row.update(
-      low=float(chance.ppf(0.025)) / m,
-      high=float(chance.ppf(0.975)) / m,
-      effect=2 * (math.asin(math.sqrt(g / m)) - math.asin(math.sqrt(t / n))),
-    )
-    found.append(p)
-  for row, p in zip(rows, intervals.holm(found)):
+    several.append(min(1.0, 2 * min(chance.cdf(g), chance.sf(g - 1))))
+    low, high = (float(chance.ppf(q)) / m for q in (0.025, 0.975))
+    row.update(low=low, high=high, effect=angle(g / m) - angle(t / n))
+  for row, p in zip(rows, intervals.holm(several)):
     row.update(p=float(p), verdict=_verdict(p, row["effect"]))
   moved = float(np.abs(got / m - total / n).sum() / 2)
   rng = np.random.Generator(np.random.Philox(key=seed % 2**64))
@@ -138,18 +129,17 @@ def all_shifts(
       `topic` [N] where they are known.
     kept: [M] row numbers.
   """
-  found, numbers = [], {}
+  numbers = {}
   if "length" in columns:
     length = np.float64(columns["length"]).reshape(len(columns["length"]), -1)
     numbers["response length"] = length.mean(axis=1)
     if length.shape[1] == 2:
-      gap = length[:, 0] - length[:, 1]
-      numbers["chosen minus rejected length"] = gap
-  for name, values in numbers.items():
-    about = dict(name=name, unit="tokens", kind="number")
-    found.append(about | number(values, kept))
-  for name in ("label", "source", "topic"):
-    if name in columns:
-      about = dict(name=name, kind="fraction")
-      found.append(about | fractions(columns[name], kept))
-  return found
+      numbers["chosen minus rejected length"] = length[:, 0] - length[:, 1]
+  return [
+    dict(name=name, unit="tokens", kind="number") | number(values, kept)
+    for name, values in numbers.items()
+  ] + [
+    dict(name=name, kind="fraction") | fractions(columns[name], kept)
+    for name in ("label", "source", "topic")
+    if name in columns
+  ]

@@ -2,7 +2,7 @@
 
 Groups whose spectra differ are learnt unequally even where they have as many
 rows (Kaushik et al. 2024, "Balanced data, imbalanced spectra"). Groups are
-compared at equal numbers of rows, and their gap beside that of groups made by
+compared at equal numbers of rows, and their gap with that of groups made by
 shuffling: few rows in many dimensions have gaps of their own.
 """
 
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from scipy import stats
 from sklearn.decomposition import PCA
 
 from jaxalign.select import neighbours
@@ -31,10 +32,8 @@ def eigenvalues(x: np.ndarray) -> np.ndarray:
 
 
 def effective_rank(values: np.ndarray) -> float:
-  """exp of the entropy of the eigenvalues' shares, Roy and Vetterli 2007."""
-  share = values / values.sum() if values.sum() > 0 else values
-  share = share[share > 0]
-  return float(np.exp(-(share * np.log(share)).sum())) if share.size else 0.0
+  """exp of the entropy of the scaled eigenvalues, Roy and Vetterli 2007."""
+  return float(np.exp(stats.entropy(values))) if values.sum() > 0 else 0.0
 
 
 def participation(gram: np.ndarray) -> float:
@@ -67,20 +66,19 @@ def decay(values: np.ndarray) -> float | None:
 
 
 def _figures(x: np.ndarray) -> dict[str, Any]:
-  """What the report says of the rows of one group."""
+  """The figures of the rows of one group."""
   values = eigenvalues(x)
   total = values.sum()
-  share = np.cumsum(values) / total if total > 0 else values
-  gram = np.float64(x)
-  gram = gram - gram.mean(axis=0)
+  held = np.cumsum(values) / total if total > 0 else values
+  centred = np.float64(x) - np.mean(x, axis=0, dtype=np.float64)
   return dict(
     variance=float(total),
     effective_rank=effective_rank(values),
-    participation=participation(gram @ gram.T),
+    participation=participation(centred @ centred.T),
     decay=decay(values),
-    first=float(share[0]) if share.size else None,
-    first_ten=float(share[:10][-1]),
-    curve=[round(float(s), 4) for s in share[:CURVE]],
+    first=float(held[0]),
+    first_ten=float(held[:10][-1]),
+    curve=[round(float(s), 4) for s in held[:CURVE]],
   )
 
 
@@ -129,7 +127,7 @@ def compare(
   # What is shuffled has no means of its own: only spectra are compared. One
   # Gram matrix serves all shuffles.
   centred = [x[r] - x[r].mean(axis=0, dtype=np.float64) for r in picked]
-  both = np.concatenate([np.float32(part) for part in centred])
+  both = np.float32(np.concatenate(centred))
   gram = np.float64(both @ both.T)
   rng = np.random.Generator(np.random.Philox(key=0))
 
@@ -157,7 +155,7 @@ def compare(
 
 
 def kept_rank(kept: np.ndarray, pool: np.ndarray) -> dict[str, Any]:
-  """The participation ratio of kept rows beside that of random subsets.
+  """The participation ratio of kept rows, and that of random subsets.
 
   Args:
     kept: [m, E] kept rows, or a uniform sample of them.
@@ -189,7 +187,7 @@ def principal_plane(x: np.ndarray) -> PCA:
 
 
 def spectra_of(
-  pool: Pool, kept: np.ndarray, draw: np.ndarray, mixture_assign: Any = None
+  pool: Pool, kept: np.ndarray, draw: np.ndarray, components_of: Any = None
 ) -> dict[str, Any]:
   """Spectra by label, by component of the mixture and by topic.
 
@@ -197,7 +195,7 @@ def spectra_of(
     pool: with `embedding` [N, R, E]; `label` and `topic` where it has them.
     kept: [M] row numbers.
     draw: [N] hashes, of what is sampled.
-    mixture_assign: [n, E] rows -> [n] components, where one was fitted.
+    components_of: [n, E] rows -> [n] components, where one was fitted.
   """
   n, sample = len(pool.ids), neighbours.sample
   some = sample(draw, np.arange(n), SAMPLED)
@@ -217,8 +215,8 @@ def spectra_of(
     label = np.asarray(pool.label, bool)[some]
     names = np.array(["undesirable", "desirable"])[np.unique(label).astype(int)]
     out["label"] = compare(flat, label, each, names.tolist())
-  if mixture_assign is not None:
-    group = mixture_assign(flat)
+  if components_of is not None:
+    group = components_of(flat)
     names = [f"component {k + 1}" for k in np.unique(group)]
     out["component"] = compare(flat, group, each, names)
   if "topic" in pool.columns:

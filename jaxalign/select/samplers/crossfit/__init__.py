@@ -17,16 +17,20 @@ import numpy as np
 
 from jaxalign.core import progress
 from jaxalign.core.errors import ConfigError, NumericError
-from jaxalign.select import grams as grams_lib
 from jaxalign.select.costs import Sizes, Work
+from jaxalign.select.grams import WIDTH
 from jaxalign.select.pool import needs, Pool, Selection
 from jaxalign.select.samplers.crossfit import heads, margins, near_copies, notes
+from jaxalign.select.samplers.crossfit.features import (
+  groups_of_prompts,
+  read_features,
+  typical,
+)
 from jaxalign.select.samplers.draws import apportion, place_in_group
 from jaxalign.select.samplers.isa import top_with_quota
 from jaxalign.select.samplers.values import (
   check_finite,
   column,
-  finite,
   is_count,
   quantiles,
   ranked,
@@ -128,7 +132,7 @@ def _labelled(
       "config.select.sampler"
     )
   label = None if r == 2 else np.asarray(pool.label, bool)
-  group = _groups(pool)
+  group = groups_of_prompts(pool)
   habits, habit = _names(k.orthogonal), None
   _check_columns(pool, "orthogonal", habits, (r,))
   if habits:
@@ -292,48 +296,8 @@ def _length_notes(seed, pool, data, found, kept, k):
   return lines + notes.length_warning(alone, loss, found.accuracy, found.chance)
 
 
-def _read(pool: Pool) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-  """The tokens of each response, its few numbers, and what the gate reads."""
-  grams, length = np.asarray(pool.grams), column(pool, "length")
-  check_finite(grams, pool.ids, "grams")
-  overlap = finite(pool.overlap, pool.ids, "overlap")
-  few = np.concatenate([overlap, length[..., None]], axis=2)
-  tokens = grams[..., : grams.shape[2] // 2]
-  n, r = tokens.shape[:2]
-  common = grams_lib.surprise(grams.reshape(n * r, -1)).reshape(n, r, 2)
-  size = np.empty((n, r), np.float32)
-  for at in range(0, n, heads.ROWS):
-    x = np.float32(tokens[at : at + heads.ROWS])
-    size[at : at + heads.ROWS] = np.sqrt((x**2).sum(axis=2))
-  signs = dict(
-    length=length,
-    tokens=common[..., 0],
-    pairs=common[..., 1],
-    grams=_typical(tokens, _groups(pool)),
-    size=size,
-  )
-  return tokens, few, signs
-
-
-def _groups(pool: Pool) -> np.ndarray:
-  """[N] names of prompts; without them each row's own."""
-  return np.asarray(pool.columns.get("group", pool.ids))
-
-
-def _typical(x: np.ndarray, group: np.ndarray) -> np.ndarray:
-  """[N, R, W] -> [N, R], how typical a response is of the pool's."""
-  out = np.empty(x.shape[:2])
-  chunks = heads.in_chunks(group)
-  flat = lambda rows: x[rows].reshape(-1, x.shape[2])
-  density, score = heads.fit_density(flat(chunks[0]))
-  out[chunks[0]] = score.reshape(-1, x.shape[1])
-  for rows in chunks[1:]:
-    out[rows] = density.of(flat(rows)).reshape(-1, x.shape[1])
-  return out
-
-
 def _lite_work(p: Sizes, **_) -> Work:
-  return margins.heads_work(p, (grams_lib.WIDTH // 2,))
+  return margins.heads_work(p, (WIDTH // 2,))
 
 
 @needs(
@@ -358,7 +322,7 @@ def crossfit_lite(
 
   Args: as of `crossfit`, whose other columns are not read.
   """
-  tokens, few, signs = _read(pool)
+  tokens, few, signs = read_features(pool)
   parts, of_heads = dict(tokens=tokens, few=few), (("tokens", "few"),)
   k = Keywords(label_quota, unlearnable, orthogonal, slices, copies)
   data = _labelled(pool, parts, of_heads, k)
@@ -366,7 +330,7 @@ def crossfit_lite(
 
 
 def _crossfit_work(p: Sizes, **_) -> Work:
-  tokens = grams_lib.WIDTH // 2
+  tokens = WIDTH // 2
   return margins.heads_work(p, (tokens,), (p.d,), (tokens, p.d, p.e))
 
 
@@ -403,7 +367,7 @@ def crossfit(
     seed: of the folds, and of the rows where it falls back to random ones.
     pool: `grams` [N, R, W], `overlap` [N, R, 2], `length` [N, R];
       `answer_embedding` [N, R, E] (means over the response's tokens),
-      `residual` [N, R, D] and `least` [N, R], see `embed.pass_rows`; where it
+      `residual` [N, R, D] and `least` [N, R], see `passes.pass_rows`; where it
       has them `logp`, `logp_count` and `log_likelihood` [N, R], `group` [N]
       (rows of one prompt share it) and `label` [N] of unpaired rows.
     budget: M, at most N. Where fewer rows score above 0 a warning says so,
@@ -429,13 +393,13 @@ def crossfit(
     Selection; the [N] score is as above, or as `filled` or, of labels that
     are refused, `drawn` has it; lower where a quota passes rows over.
   """
-  tokens, few, signs = _read(pool)
+  tokens, few, signs = read_features(pool)
   answer = np.asarray(pool.answer_embedding)
   residual = np.asarray(pool.residual)
   check_finite(answer, pool.ids, "answer_embedding")
   check_finite(residual, pool.ids, "residual")
   least = column(pool, "least")
-  signs |= dict(embedding=_typical(answer, _groups(pool)), least=least)
+  signs |= dict(embedding=typical(answer, groups_of_prompts(pool)), least=least)
   more = [least]
   if "logp" in pool.columns:
     total, count = column(pool, "logp"), column(pool, "logp_count")

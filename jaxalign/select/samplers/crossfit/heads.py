@@ -18,9 +18,8 @@ import numpy as np
 import scipy.linalg
 from scipy.special import expit
 
-from jaxalign.select import exact
+from jaxalign.select import chunks, exact
 from jaxalign.select.costs import Work
-from jaxalign.select.samplers import vectors
 from jaxalign.select.topk import uniform
 
 ROWS = 1 << 17  # that heads are fitted to, and of a chunk that is judged
@@ -92,7 +91,7 @@ def principal(
   elif width <= columns:
     gram = x.T.astype(np.float64) @ x / n
   else:
-    mesh = vectors.own_mesh()
+    mesh = chunks.own_mesh()
     with jax.set_mesh(mesh):
       gram = exact.gram_of(mesh, x) / n
   if not len(gram):
@@ -115,7 +114,7 @@ def rotated(x: np.ndarray, vector: np.ndarray, columns: int) -> np.ndarray:
   """[n, P] float64, rows [n, W] along the directions of `principal`."""
   if x.shape[1] <= columns:
     return x.astype(np.float64) @ vector
-  return np.float64(vectors.by_row(_rotate_chunk, vectors.place(x), vector))
+  return np.float64(chunks.by_row(_rotate_chunk, chunks.place(x), vector))
 
 
 def principal_work(n: float, width: int, columns: int) -> Work:
@@ -125,7 +124,7 @@ def principal_work(n: float, width: int, columns: int) -> Work:
   if few or width <= columns:
     return Work(2 * n * width * ((n if few else width) + columns))
   upper = sum(
-    (end - start) * (width - start) for start, end in exact.panels(width)
+    (end - start) * (width - start) for start, end in exact.column_chunks(width)
   )
   flops = 2 * n * (upper + width * columns)
   return Work(devices=flops, device=4 * n * width + 8 * width**2)

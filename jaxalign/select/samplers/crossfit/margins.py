@@ -13,7 +13,7 @@ import threadpoolctl
 from jaxalign.core import progress
 from jaxalign.core.errors import ConfigError
 from jaxalign.select import grams
-from jaxalign.select.costs import Sizes, Work
+from jaxalign.select.costs import ID_BYTES, Sizes, Work
 from jaxalign.select.samplers.crossfit import heads
 
 RIDGES = (0.001, 0.004, 0.015, 0.06, 0.25, 1.0, 4.0)  # for one row
@@ -277,28 +277,29 @@ def heads_work(p: Sizes, *widths: tuple[int, ...]) -> Work:
   """Heads, each on parts of these widths, which are rotated once.
 
   Then Newton steps of each head at two ridges in every fold; the search for
-  the best ridge runs on some 4,000 rows.
+  the best ridge runs on some 4,000 rows. A large pool's heads are fitted to
+  `heads.ROWS` of its rows, and the others only rotated.
   """
-  tokens, sides = grams.WIDTH // 2, p.n * p.r
+  tokens, n = grams.WIDTH // 2, min(p.n, heads.ROWS)
   parts = {w for head in widths for w in head}
-  typical, keep = [tokens, *{p.e} & parts], max(1, min(64, int(sides) // 40))
-  wide = [(p.n, w, heads.COLUMNS) for w in parts if w > heads.COLUMNS]
-  wide += [(sides, w, keep) for w in typical if w > keep]
-  turned = [heads.principal_work(*one) for one in wide]
-  few = min(p.n, RIDGE_ROWS)
-  fits = 2 * FOLDS * p.n * (1 - 1 / FOLDS)
+  typical, keep = [tokens, *{p.e} & parts], max(1, min(64, int(n * p.r) // 40))
+  wide = [(1, w, heads.COLUMNS) for w in parts if w > heads.COLUMNS]
+  wide += [(p.r, w, keep) for w in typical if w > keep]
+  turned = [heads.principal_work(n * r, w, cut) for r, w, cut in wide]
+  others = 2 * (p.n - n) * sum(r * w * cut for r, w, cut in wide)
+  few = min(n, RIDGE_ROWS)
+  fits = 2 * FOLDS * n * (1 - 1 / FOLDS)
   fits += len(RIDGES) * RIDGE_FOLDS * few * (1 - 1 / RIDGE_FOLDS)
   columns = [sum(min(w, heads.COLUMNS) for w in head) for head in widths]
   newton = sum(fits * NEWTON * 2 * c**2 for c in columns)
-  # What is read: counts as float32, the others as float64. Then what is
-  # scaled, less its mean and laid out, sums in float64; or the heads' rows.
-  stored = sides * (4 * tokens + 8 * sum(parts - {tokens}))
+  # What is scaled, less its mean and laid out, and sums in float64; or the
+  # heads' rows. Of all rows a few numbers.
   sums = [40 * w**2 for (_, w, _), t in zip(wide, turned) if t.device]
-  laid = 3 * 4 * sides * max(typical) + max(sums, default=0)
+  laid = 3 * 4 * n * p.r * max(typical) + max(sums, default=0)
   whole = sum(min(w, heads.COLUMNS) for w in parts)
   return Work(
     newton + sum(t.host for t in turned),
-    sum(t.devices for t in turned),
-    stored + max(laid, 8 * p.n * (whole + 4.5 * max(columns))),
+    sum(t.devices for t in turned) + others,
+    max(laid, 8 * n * (whole + 4.5 * max(columns))) + 2 * ID_BYTES * p.n,
     max((t.device for t in turned), default=0),
   )

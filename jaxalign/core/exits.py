@@ -10,6 +10,7 @@ import contextlib
 import errno
 import importlib
 import os
+import re
 import signal
 import sys
 import threading
@@ -19,26 +20,13 @@ from typing import Any
 from jaxalign.core import progress
 from jaxalign.core.errors import JaxalignError
 
-_CANNOT_WRITE = (
-  errno.ENOSPC,
-  errno.EROFS,
-  errno.EACCES,
-  errno.EPERM,
-  errno.EDQUOT,
-  errno.ENOTDIR,
-  errno.EISDIR,
-  errno.EFBIG,
-)
+_CANNOT_WRITE = {
+  getattr(errno, name)
+  for name in "ENOSPC EROFS EACCES EPERM EDQUOT ENOTDIR EISDIR EFBIG".split()
+}
 # How a collective or the coordination service reports that a peer is gone.
-_PEER_MARKS = (
-  "Gloo",
-  "UNAVAILABLE",
-  "DEADLINE_EXCEEDED",
-  "ABORTED",
-  "NCCL",
-  "coordination service",
-  "Connection reset",
-)
+_PEER_MARKS = "Gloo|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|NCCL"
+_PEER_MARKS += "|coordination service|Connection reset"
 
 
 def guarded(run: Callable[[], Any]) -> int:
@@ -77,9 +65,8 @@ def _lost_peer(error: BaseException | None) -> bool:
   if (jax := _jax_of_many()) is None:
     return False
   while error is not None:
-    if isinstance(error, jax.errors.JaxRuntimeError) and any(
-      mark in str(error) for mark in _PEER_MARKS
-    ):
+    known = isinstance(error, jax.errors.JaxRuntimeError)
+    if known and re.search(_PEER_MARKS, str(error)):
       return True
     error = error.__cause__ or error.__context__
   return False
