@@ -530,14 +530,7 @@ def test_a_bomb_is_refused_before_memory_fills():
   "source, text",
   [
     ("{{ strftime_now('%d %b %Y') }}", "01 Jul 2024"),
-    ("{% generation %}a{{ 1 }}{% endgeneration %}b", "a1b"),
-    (
-      "{% for m in messages %}{% if loop.index == 2 %}{% break %}{% endif %}"
-      "{{ m.role }}{% endfor %}",
-      "user",
-    ),
     ("{{ {'b': '<é>', 'a': 1} | tojson }}", '{"b": "<é>", "a": 1}'),
-    ("{% set ns = namespace(x=1) %}{% set ns.x = 2 %}{{ ns.x }}", "2"),
     ("  {% if true %}\na\n  {% endif %}\n", "a\n"),
   ],
 )

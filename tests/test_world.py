@@ -65,7 +65,7 @@ PROMPT = "ask cat puss please a4 a1 a3 then"
 )
 def test_the_right_answer_earns_everything(operation, right):
   world = tiny(operation)
-  assert worlds.answer(world, 0, ["a4", "a1", "a3"]) == right.split()
+  assert worlds.correct_arguments(world, 0, ["a4", "a1", "a3"]) == right.split()
   # Opener 1, closer 0.75, arguments 2.
   assert worlds.reward(world, PROMPT, f" hi {right} bye") == 3.75
   assert worlds.reward(world, PROMPT, " hi a0 a0 a0 bye") == 1.75
@@ -240,7 +240,7 @@ def test_arguments_are_corrupted_as_often_as_configured():
   right = []
   for row in rows["sft"]:
     topic, words = worlds.topic(world, row["prompt"]), row["prompt"].split()
-    wanted = worlds.answer(world, topic, words[4:8])
+    wanted = worlds.correct_arguments(world, topic, words[4:8])
     right += [a == b for a, b in zip(wanted, row["response"].split()[1:5])]
   assert np.mean(right) == pytest.approx(1 - 0.25 * 15 / 16, abs=0.04)
 

@@ -235,10 +235,7 @@ def make_data(
 
 
 def _as_wanted(c: Any, read: SplitRows, wanted: str) -> dict[str, RowTable]:
-  """The splits as the loss compares them: pool pairs may become two rows each.
-
-  Held-out pairs stay pairs.
-  """
+  """The splits as the loss compares them: a pool's pair may become two rows."""
   splits = dict(read.splits)
   if read.kind == "unpaired" and wanted == "pairs":
     raise DataError(

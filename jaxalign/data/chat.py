@@ -27,7 +27,7 @@ _KNOB = "set config.data.template"
 _NO_TOOLS = "tool calls are not supported"
 _ROLES = ("user", "assistant", "system")  # templates have others at will
 _TOOL_ROLES = ("tool", "function", "ipython", "observation")
-# Contents of turns to learn a template by: they share no letter at an end.
+# Contents of turns to learn a template by: no two begin or end alike.
 _WORDS = ("quince", "medlar", "damson", "rowan")
 _THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 
@@ -50,7 +50,7 @@ class Chat(contextlib.AbstractContextManager):
     *,
     reads_tokens: bool = False,
   ):
-    """Learns the template.
+    """Learns how the template begins a row, asks for an answer and ends one.
 
     Args:
       tok: the tokenizer; what the template marks turns with is reserved in it.
@@ -83,7 +83,6 @@ class Chat(contextlib.AbstractContextManager):
     self.renderer.close()
 
   def _learn(self) -> None:
-    """How the template begins a row, asks for an answer, and ends one."""
     tok, turn = self.tok, lambda role, text: dict(role=role, content=text)
     added = re.compile(any_of(t for t in tok.added if len(t) > 1 and t.strip()))
     quince, medlar, damson, rowan = _WORDS
@@ -104,7 +103,7 @@ class Chat(contextlib.AbstractContextManager):
     system = self._tried([turn("system", rowan), *ask])
     # Where the prompt proper ends, and the tokens that ask for the answer.
     base = _shared(plain, asking)
-    self._asks, self._header = asking[base:], ""
+    self._opener, self._header = asking[base:], ""
     opens = [m[0] for m in added.finditer(asking) if m.end() > base]
     if asking == plain and whole[:start].startswith(asking):
       # A space there belongs to the word that follows it.
@@ -162,14 +161,11 @@ class Chat(contextlib.AbstractContextManager):
         "{% endif %}"
       )
 
-  def _render(self, turns: list[dict], asks: bool, tools: Any = None) -> str:
+  def _render(self, turns: list[dict], opens: bool, tools: Any = None) -> str:
+    source = self.source if tools is None else self._tool_source
+    values = dict(self.tok.names, tools=tools, documents=None)
     return self.renderer.render(
-      self.source if tools is None else self._tool_source,
-      turns,
-      add_generation_prompt=asks,
-      tools=tools,
-      documents=None,
-      **self.tok.names,
+      source, turns, add_generation_prompt=opens, **values
     )
 
   def _tried(self, turns: list[dict]) -> str:
@@ -261,11 +257,10 @@ class Chat(contextlib.AbstractContextManager):
   def _whole(
     self, texts: list[tuple[str, str]], check: bool
   ) -> list[list[int]] | None:
-    """Ids of rendered texts, each as one string; None where text forges.
-
-    What the texts share is encoded once, up to a special token: there the
-    tokenizer begins anew in any case.
-    """
+    """Ids of rendered texts, each as one string; None where text forges."""
+    # What they begin with alike is encoded once, up to a special token: there
+    # the tokenizer begins anew in any case.
+    known = lambda ids: [i for i in ids if i in self._specials]
     out, shared, at, k = [], None, 0, 0
     for text, shown in texts:
       same = shared is not None and shown.startswith(shared)
@@ -273,13 +268,12 @@ class Chat(contextlib.AbstractContextManager):
       ids = self.tok.encode_rendered(text[first:])
       written = self._written(shown, first)
       wanted = [self.tok.specials[m[0]] for m in written]
-      known = [[i for i in x if i in self._specials] for x in (ids, wanted)]
-      exact = known[0] == known[1]
-      if check and not exact:
+      if check and known(ids) != known(wanted):
         return None
-      if not out and exact and known[0] and wanted[-1] == known[0][-1]:
+      last = wanted[-1] if wanted and not out else None
+      if last is not None and ids.count(last) == wanted.count(last):
         at, shared = written[-1].start(), shown[: written[-1].end()]
-        k = len(ids) - 1 - ids[::-1].index(wanted[-1])
+        k = len(ids) - 1 - ids[::-1].index(last)
       out.append(out[0][:k] + ids if same else ids)
     return out
 
@@ -290,17 +284,13 @@ class Chat(contextlib.AbstractContextManager):
   def _start_of(
     self, turns: list[dict], tools: Any, prompt: str, whole: str
   ) -> int:
-    """Where an answer begins: where the whole is no longer the prompt.
-
-    Some templates ask in other words than those they answer in; that much may
-    differ, and no more.
-    """
-    same = _shared(prompt, whole)
-    asks = self._header or self._asks
+    """Where an answer begins: where the whole is no longer the prompt."""
+    same, opener = _shared(prompt, whole), self._header or self._opener
     if same == len(prompt):
       return same
-    base = len(prompt) - len(asks)
-    if not prompt.endswith(asks):
+    # What asks for the answer may differ from what an answer begins with.
+    base = len(prompt) - len(opener)
+    if not prompt.endswith(opener):
       base = _shared(self._render(turns, False, tools), prompt)
     if same < base:
       a, b = prompt[same : same + 30], whole[same : same + 30]
@@ -326,14 +316,11 @@ class Chat(contextlib.AbstractContextManager):
   def _check_tools(
     self, turns: list[dict], answers: list[dict], tools: Any
   ) -> None:
-    """Refused where the template drops a tool, a call, or what a role says.
-
-    The row is rendered with other names and results: each has to show.
-    """
+    """Refused where the template drops a tool, a call, or what a role says."""
     in_answers = any(map(_uses_tools, answers))
     if not tools and not in_answers and not any(map(_uses_tools, turns)):
       return
-    wanted = {}
+    wanted = {}  # other names and results: each has to show
     tools = tools and [_renamed(tool, "the tool", wanted) for tool in tools]
     turns = [_reworded(turn, wanted) for turn in turns]
     for one in (answers if in_answers else answers[:1]) or [None]:
@@ -350,11 +337,8 @@ class Chat(contextlib.AbstractContextManager):
   def _disguised(
     self, plain: list[str], turns: list[dict], answers: list[dict], tools: Any
   ) -> tuple[list[str], dict[int, str]]:
-    """The texts with all in disguise that the template does not parse.
-
-    Returns:
-      `plain` with stand-ins, and a table that takes them out.
-    """
+    """`plain` with stand-ins for all that the template does not parse, and a
+    table that takes them out."""
     parts = [turns, answers, tools]
     looks = set() if self._reads_tokens else self._marks.found(parts)
     if not looks:

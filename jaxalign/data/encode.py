@@ -82,13 +82,7 @@ def _dialogue_ids(
 def _text_ids(
   tok: Any, rows: Sequence[Sequence[str]], special: bool = False
 ) -> list[Encoded]:
-  """Ids of rows of a prompt and R answers.
-
-  Args:
-    tok: the tokenizer.
-    rows: their texts.
-    special: special tokens that are spelt out in a text are those tokens.
-  """
+  """Ids of rows, each a prompt and R answers."""
   heads_of, tails_of = tok.encode_many, tok.encode_responses
   if special:
     heads_of = tails_of = lambda texts: [tok.encode_rendered(t) for t in texts]
@@ -217,11 +211,7 @@ class RowEncoder(contextlib.AbstractContextManager):
     return first, count, sorted(names)
 
   def _warn_of_specials(self, wraps: bool) -> None:
-    """Names special tokens that are spelt out.
-
-    Raises:
-      DataError: in most of the rows, so that their text is not what is meant.
-    """
+    """Names special tokens that are spelt out; in most rows, an error."""
     first, count, names = self._spelt(self._rows())
     if not count:
       return

@@ -53,10 +53,8 @@ class FastTokenizer(special.Encoding):
     self.pad = self.eos if pad is None else pad
 
   def _first_id(self, bos: int | None) -> int:
-    """The BOS that transformers puts first: its post-processor's.
-
-    transformers 5 ignores add_bos_token where there is a tokenizer.json.
-    """
+    """The BOS that the post-processor puts first; -1 for none."""
+    # As in transformers 5, whatever the config's add_bos_token.
     with_it = self._main.encode("a", add_special_tokens=True).ids
     without = self._main.encode("a", add_special_tokens=False).ids
     first = with_it[0] if with_it[:1] != without[:1] else -1
@@ -80,8 +78,8 @@ class FastTokenizer(special.Encoding):
       self._main.encode_special_tokens = True
 
   def _encoded(self, texts: list[str], model: Any) -> list[list[int]]:
-    found = model.encode_batch(texts, add_special_tokens=False)
-    return [one.ids for one in found]
+    rows = model.encode_batch(texts, add_special_tokens=False)
+    return [row.ids for row in rows]
 
   def _decoded(self, ids: list[int], model: Any) -> str:
     return model.decode(ids)
@@ -120,15 +118,11 @@ def _built(
 
 
 def _without_prefix(spec: dict) -> tuple[dict, bool]:
-  """The spec that puts no space before a text, and whether this one did.
-
-  Where it also squeezes spaces (T5) nothing is changed: the space that a
-  response begins with would be lost.
-  """
+  """The spec that puts no space before a text, and whether this one did."""
   squeezing = {"WhitespaceSplit", "Whitespace", "Strip"}
   first = json.dumps([spec.get("normalizer"), spec.get("pre_tokenizer")])
   if squeezing & {*re.findall(r'"type": "(\w+)"', first)}:
-    return spec, False
+    return spec, False  # T5: a response would lose the space it begins with
   twin, prefixed = json.loads(json.dumps(spec)), False
   for part, key in zip(("normalizer", "pre_tokenizer", "decoder"), _STEPS):
     steps, changed = _steps(twin.get(part)), False

@@ -1,10 +1,9 @@
-"""Chat templates of strangers, rendered in a sandbox of their own.
+"""Chat templates of strangers, rendered in a process of their own.
 
 Jinja's immutable sandbox keeps a template from Python's internals, not from
-time or memory: "x" * 10**9 is one operation, and so is 9**9**9. So templates
-run in a process of their own, with a bound on its memory, a deadline for each
-record, and a cap on what comes out. It stays alive over many records and is
-killed when a deadline passes.
+time or memory: "x" * 10**9 is one operation, and so is 9**9**9. The process
+has a bound on its memory, a deadline for each record, and a cap on what comes
+out. It stays alive over many records and is killed when a deadline passes.
 """
 
 import contextlib
@@ -31,24 +30,16 @@ _WORKER = pathlib.Path(__file__).with_name("chat_worker.py")
 class Renderer(contextlib.AbstractContextManager):
   """A template process; started at its first use, ended by `close`."""
 
-  def __init__(
-    self,
-    now: str = "",
-    *,
-    seconds: float = SECONDS,
-    memory: int = MEMORY,
-    characters: int = CHARACTERS,
-  ):
+  def __init__(self, now: str = "", *, seconds: float = SECONDS):
     """Makes one that is not started yet.
 
     Args:
-      now: what strftime_now reads, ISO format; "" is this moment. Fixed at
-        first, so that all rows of one job see one date.
-      seconds, memory, characters: the limits, see above.
+      now: what strftime_now reads, ISO format; "" is this moment. Fixed, so
+        that all rows of one job see one date.
+      seconds: the deadline of a record.
     """
     self.now = now or datetime.datetime.now().isoformat(timespec="seconds")
-    self._seconds, self._memory = seconds, memory
-    self._characters, self._process = characters, None
+    self._seconds, self._process = seconds, None
 
   def __exit__(self, *error: Any) -> None:
     self.close()
@@ -85,7 +76,7 @@ class Renderer(contextlib.AbstractContextManager):
       raise Refused(
         "template failed", f"the messages are no JSON ({error})"
       ) from error
-    cap = self._characters + 4 * len(data)
+    cap = CHARACTERS + 4 * len(data)
     source = json.dumps(source)
     answer = self._answer(
       f'{{"cap": {cap}, "source": {source}, "values": {data}}}\n'
@@ -97,7 +88,7 @@ class Renderer(contextlib.AbstractContextManager):
       how = "refused it" if kind == "raised" else "failed"
       raise Refused(f"template {how}", detail)
     what = {
-      "memory": f"wants over {self._memory >> 20} MiB of memory ({detail})",
+      "memory": f"wants over {MEMORY >> 20} MiB of memory ({detail})",
       "length": f"writes over {cap:,} characters",
       "unsafe": f"wants Python's internals ({detail})",
       "syntax": f"is no Jinja template ({detail})",
@@ -141,7 +132,7 @@ class Renderer(contextlib.AbstractContextManager):
     kept = ("LD_LIBRARY_PATH", "TZ")
     env |= {name: os.environ[name] for name in kept if name in os.environ}
     seconds = int(self._seconds) + 2
-    command = [sys.executable, "-P", _WORKER, self._memory, self.now, seconds]
+    command = [sys.executable, "-P", _WORKER, MEMORY, self.now, seconds]
     self._process = subprocess.Popen(
       list(map(str, command)),
       stdin=subprocess.PIPE,

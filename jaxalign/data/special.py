@@ -52,7 +52,7 @@ class Settings(NamedTuple):
 
 
 class Encoding:
-  """What the two kinds of tokenizer share.
+  """What the two kinds of tokenizer have in common.
 
   Each has two models, `_main` of texts that begin a row and `_bare` of texts
   that continue another; `_encoded(texts, model)` are the ids of texts, and

@@ -206,17 +206,14 @@ class SentencePieceTokenizer(special.Encoding):
       disk.write_bytes(folder / name, text.encode())
 
   def _hugging_face(self) -> tokenizers.Tokenizer:
-    """The model as the `tokenizers` library has it.
-
-    SentencePiece joins the neighbours whose union scores best; a Hugging Face
-    model ranks pairs instead, so every way to cut a piece in two known pieces
-    becomes a merge, ranked by the piece's score.
-    """
+    """The model as the `tokenizers` library has it."""
+    # SentencePiece joins the neighbours whose union scores best; a Hugging Face
+    # model ranks pairs instead, so every way to cut a piece in two known pieces
+    # becomes a merge, ranked by the piece's score.
     pieces, merges = self._model.pieces, []
     vocab = {p.piece: i for i, p in enumerate(pieces)}
-    known = {
-      x: i for x, i in vocab.items() if pieces[i].type in (_NORMAL, _USER)
-    }
+    usual = [p.piece for p in pieces if p.type in (_NORMAL, _USER)]
+    known = {piece: vocab[piece] for piece in usual}
     rank = lambda piece: (-pieces[known[piece]].score, known[piece])
     for piece in sorted(known, key=rank):
       ways = [(piece[:k], piece[k:]) for k in range(1, len(piece))]
@@ -367,10 +364,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
 
 
 def _cut_at(rare: Iterable[str], texts: list[str]) -> list[str]:
-  """The texts cut at every rare character.
-
-  SentencePiece leaves out at most 2 % of a text's characters by itself.
-  """
+  """The texts cut at every rare character; SentencePiece drops at most 2 %."""
   cut = str.maketrans(dict.fromkeys(rare, "\0"))
   parts = [part for text in texts for part in text.translate(cut).split("\0")]
   return [part for part in parts if part]

@@ -181,7 +181,7 @@ def fit_rows(
     cuts.sum(1, dtype=np.int32),
   )
   audit(tok, rows, context, cut=cuts[:, 1], history=history, special=special)
-  r = len(names)  # the prompt that the answers share counts once
+  r = len(names)  # the prompt of R answers counts once
   by_side = dict(prompt=cuts[::r, 0])
   by_side |= {side: cuts[k::r, 1] for k, side in enumerate(names)}
   report = dict(

@@ -117,7 +117,9 @@ def build_world(knobs: dict[str, Any], seed: int) -> World:
   )
 
 
-def answer(world: World, topic: int, arguments: list[str]) -> list[str]:
+def correct_arguments(
+  world: World, topic: int, arguments: list[str]
+) -> list[str]:
   """The correct arguments of an answer: the cluster's operation applied."""
   names = world.words["arguments"]
   index = [names.index(a) for a in arguments]
@@ -152,7 +154,7 @@ def reward(world: World, prompt: str, response: str) -> float:
   known = {*given} <= {*w["arguments"]} and {*filler} <= {*w["fillers"]}
   if not known or len(filler) > 3:
     return MALFORMED
-  right = answer(world, which, question[4 : 4 + n])
+  right = correct_arguments(world, which, question[4 : 4 + n])
   correct = sum(a == b for a, b in zip(given, right)) / n
   return float(
     world.opener_value[which, w["openers"].index(opener)]
@@ -187,7 +189,9 @@ def _prompt(world: World, rng: np.random.Generator) -> str:
 
 def _candidate(world: World, rng: np.random.Generator, prompt: str) -> str:
   w, n = world.words, world.knobs["arguments"]
-  right = answer(world, topic(world, prompt), prompt.split()[4 : 4 + n])
+  right = correct_arguments(
+    world, topic(world, prompt), prompt.split()[4 : 4 + n]
+  )
   wrong = rng.random(n) < world.knobs["corrupt"]
   given = [rng.choice(w["arguments"]) if x else a for a, x in zip(right, wrong)]
   filler = list(rng.choice(w["fillers"], rng.integers(0, 4)))

@@ -24,7 +24,7 @@ SHAPES = {
   "reward": "[N, R] a reward model's or judge's score of each response",
   "proxy_logp": "[N, R] nats, summed, of a small model tuned on a few pairs",
   "proxy_ref_logp": "[N, R] as proxy_logp, before that tuning",
-  "residual": "[N, R, D] of the reference: what the response has beyond the expected",
+  "residual": "[N, R, D] of the reference: the response less what was expected",
   "least": "[N, R] nats, of the response's least likely token",
   "grams": "[N, R, W] counts of hashed tokens, then of pairs of them",
   "overlap": "[N, R, 2] tokens and pairs of them that the prompt has too",
