@@ -2,11 +2,12 @@ r"""The speeds of BENCHMARKS.md, as lines of Markdown.
 
   python tools/bench.py times            # default and :smoke, from empty, again
   python tools/bench.py train --data=<pairs>  # alignment and TRL's
+  python tools/bench.py encoder          # MiniLM and sentence-transformers'
   python tools/bench.py mixture          # EM and scikit-learn's, share of peak
   python tools/bench.py pool             # selection of a large pool
 
-Nothing is asserted away. `mixture` runs both libraries in one process, in
-turn; `train` runs each in a process of its own.
+Nothing is asserted away. `encoder` and `mixture` run both libraries in one
+process, in turn; `train` runs each in a process of its own.
 """
 
 import importlib
@@ -63,7 +64,12 @@ def main() -> None:
   what, *flags = sys.argv[1:] or [""]
   if what == "times":
     return times()
-  if what in ("mixture", "train", "pool"):  # files with flags of their own
+  if what in (
+    "encoder",
+    "mixture",
+    "train",
+    "pool",
+  ):  # files with flags of their own
     return importlib.import_module(f"bench_{what}").main(flags)
   raise SystemExit(__doc__)
 
