@@ -57,7 +57,7 @@ def whole():
 
 # Files.
 
-GZIP = gzip.compress(json.dumps(short_pair(0)).encode())
+GZIP = gzip.compress(json.dumps(short_pair(0)).encode(), mtime=0)
 
 
 @pytest.mark.parametrize(
