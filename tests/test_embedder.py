@@ -194,6 +194,7 @@ def test_an_encoder_embeds(whole, tmp_path):
   import test_encoder
 
   encoder = tmp_path / "encoder"
+  encoder.mkdir()
   test_encoder.save(encoder)
   flags = (f"embed.checkpoint={encoder}", "embed.pooling=auto")
   flags += ("select.sampler=real", "compare=()")

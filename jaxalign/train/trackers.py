@@ -6,7 +6,9 @@ named once and left out: no run ends because a plot could not be drawn.
 
 from collections.abc import Callable, Mapping
 import os
+import pathlib
 import secrets
+import shutil
 import tempfile
 from typing import Any, NamedTuple
 
@@ -127,13 +129,13 @@ def start_profile(folder: epath.Path) -> Callable[[], None]:
   if "://" not in str(folder):
     jax.profiler.start_trace(str(folder))
     return jax.profiler.stop_trace
-  local = epath.Path(tempfile.mkdtemp(prefix="jaxalign_profile_"))
+  local = pathlib.Path(tempfile.mkdtemp(prefix="jaxalign_profile_"))
   jax.profiler.start_trace(str(local))
 
   def stop():
     jax.profiler.stop_trace()
     for path in (p for p in local.rglob("*") if p.is_file()):
       disk.write_bytes(folder / path.relative_to(local), path.read_bytes())
-    local.rmtree()
+    shutil.rmtree(local)
 
   return stop
