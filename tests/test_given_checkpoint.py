@@ -91,7 +91,7 @@ def test_another_model_in_the_same_folder_is_refused(tmp_path, source, given):
   jobs.shutil.copytree(given, folder)
   flags = (f"model.checkpoint={folder}", "train.max_updates=1")
   ended = train(work, source, *flags)
-  assert ended.code == 0 and ended.out.count("\ndata: ...") == 1, ended
+  assert ended.code == 0 and f"\n{ended.out}".count("\ndata: ...") == 1
   assert "data: finished before" not in ended.out
   path = folder / "model.safetensors"
   data = bytearray(path.read_bytes())

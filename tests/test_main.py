@@ -141,8 +141,8 @@ def test_the_first_checks_start_no_backend():
 
 
 @pytest.mark.parametrize("budget", ["0", "-3", "1.5", "nan", "inf"])
-def test_budgets_that_are_no_share_and_no_count(tmp_path, budget):
-  wanted = f"the share {float(budget)}, wanted above 0 and at most 1"
+def test_budgets_that_are_no_fraction_and_no_count(tmp_path, budget):
+  wanted = f"the fraction {float(budget)}, wanted above 0 and at most 1"
   flag = f"select.budget={budget}"
   refused(tmp_path, flag, words=[wanted, "config.select.budget"])
 
